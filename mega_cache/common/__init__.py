@@ -1,1 +1,1 @@
-"""What both folders need. `mega_cache/common` is the original; `torch_export/common` is its twin."""
+"""What both folders need. The original is `mega_cache/common`, the twin `torch_export/common`."""

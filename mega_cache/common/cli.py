@@ -1,14 +1,15 @@
 """Flags declared once: frozen dataclasses become argparse groups, and turn back into argv.
 
-A script names the groups it takes; `compare` and `benchmark` hand a trial its flags by turning
-the same parsed groups back into a command line, so no default is written twice.
+A script names the groups it takes, or one dataclass made of groups; `compare` and `benchmark` hand
+a trial its flags by turning the same parsed groups back into a command line, so no default is
+written twice.
 """
 
 import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def parse_flags(description: str, groups: Sequence[type], argv: Sequence[str] | 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for group in groups:
-        _add_group(parser, group)
+        for plain in _plain_groups(group):
+            _add_group(parser, plain)
     namespace = vars(parser.parse_args(argv))
     try:
         return tuple(_instance(group, namespace) for group in groups)
@@ -38,18 +40,25 @@ def parse_flags(description: str, groups: Sequence[type], argv: Sequence[str] | 
 def to_argv(*groups: Any) -> list[str]:
     """Return the command line that parses back into these groups."""
     argv = []
+    for name, value in flag_values(*groups):
+        word = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{word}" if value else f"--no-{word}")
+        elif value is not None:
+            # one word, so that a value that starts with a dash stays a value
+            argv.append(f"--{word}={_as_text(value)}")
+    return argv
+
+
+def flag_values(*groups: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of every flag in these groups."""
     for group in groups:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            name = field.name.replace("_", "-")
-            if value is None:
-                continue
-            if isinstance(value, bool):
-                argv.append(f"--{name}" if value else f"--no-{name}")
+            if dataclasses.is_dataclass(value):
+                yield from flag_values(value)
             else:
-                # one word, so that a value that starts with a dash stays a value
-                argv.append(f"--{name}={_as_text(value)}")
-    return argv
+                yield field.name, value
 
 
 def positive_int(text: str) -> int:
@@ -121,8 +130,23 @@ def _add_group(parser: argparse.ArgumentParser, group: type) -> None:
             )
 
 
+def _plain_groups(group: type) -> Iterator[type]:
+    """Yield the group itself, or, of a dataclass made of groups, each of them."""
+    kinds = typing.get_type_hints(group).values()
+    if all(dataclasses.is_dataclass(kind) for kind in kinds):
+        yield from kinds
+    else:
+        yield group
+
+
 def _instance(group: type, namespace: dict[str, Any]) -> Any:
-    return group(**{field.name: namespace[field.name] for field in dataclasses.fields(group)})
+    hints = typing.get_type_hints(group)
+    return group(
+        **{
+            name: _instance(kind, namespace) if dataclasses.is_dataclass(kind) else namespace[name]
+            for name, kind in hints.items()
+        }
+    )
 
 
 def _without_none(hint: Any) -> Any:

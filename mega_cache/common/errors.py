@@ -1,4 +1,4 @@
-"""Errors with an exit status, and the one place where a script's failures become a line on stderr."""
+"""Errors with an exit status, and the one place where a failure becomes a line on stderr."""
 
 import errno
 import os

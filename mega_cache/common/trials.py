@@ -1,0 +1,148 @@
+"""Isolated trials: a run script in a fresh process with empty compiler caches of its own.
+
+Cold means: new process, empty compiler caches. The page cache is warm after the first trial.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import INTERRUPTED
+from common.stopwatch import START_VARIABLE
+
+TIMEOUT_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one trial ended; `document` is its run result when it wrote one."""
+
+    wall_seconds: float
+    peak_host_bytes: int
+    document: dict | None
+    error: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+@contextmanager
+def private_compiler_caches() -> Iterator[None]:
+    """Give this process empty compiler caches that nobody else can write to, removed at its end.
+
+    Inductor's default is a guessable folder under /tmp, accepted even if another user made it.
+    A cache that the user names in the environment is kept.
+    """
+    with tempfile.TemporaryDirectory(prefix="llama-compile-") as folder:  # mode 0700
+        added = {
+            name: value
+            for name, value in _cache_variables(folder).items()
+            if name not in os.environ
+        }
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+
+def run_trial(script_and_flags: Sequence[str]) -> Outcome:
+    """Run a script in a fresh process, with all its temporary files in one folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
+        environment = os.environ | _cache_variables(folder) | {"TMPDIR": folder}
+        command = [sys.executable, *script_and_flags, "--quiet", f"--json={result}"]
+        free_bytes = _available_bytes()
+        with log.open("wb") as stderr:
+            start = time.monotonic()
+            environment[START_VARIABLE] = repr(start)
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # so that its compiler workers can be ended with it
+            )
+            status, peak_bytes, timed_out = _wait(process)
+            wall_seconds = time.monotonic() - start
+        error = _describe_end(
+            status, timed_out, peak_bytes, free_bytes, log.read_text("utf-8", "replace")
+        )
+        document = json.loads(result.read_bytes()) if result.exists() else None
+        if error is None and document is None:
+            error = "ended with status 0 but wrote no result"
+        return Outcome(wall_seconds, peak_bytes, document, error)
+
+
+def _cache_variables(folder: str) -> dict[str, str]:
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor"),
+        "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
+    }
+
+
+def _wait(process: subprocess.Popen) -> tuple[int, int, bool]:
+    """Return exit status, peak resident bytes and whether the time ran out."""
+    timed_out = threading.Event()
+
+    def stop() -> None:
+        timed_out.set()
+        _kill_group(process.pid)
+
+    timer = threading.Timer(TIMEOUT_SECONDS, stop)
+    timer.start()
+    try:
+        # wait4, not Popen.wait: it also tells the memory of this one child
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        _kill_group(process.pid)
+        raise
+    finally:
+        timer.cancel()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * 1024, timed_out.is_set()
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _describe_end(
+    status: int, timed_out: bool, peak_bytes: int, free_bytes: int | None, log: str
+) -> str | None:
+    if timed_out:
+        return f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
+    if status == 0:
+        return None
+    last = next((line for line in reversed(log.splitlines()) if line.strip()), "no message")
+    if status > 0:
+        how = "interrupted" if status == INTERRUPTED else f"exit status {status}"
+        return f"{how}: {last.removeprefix('error: ')}"
+    name = signal.Signals(-status).name
+    free = "unknown" if free_bytes is None else f"{free_bytes / 1e9:.1f} GB"
+    advice = " (often the kernel, out of memory)" if name == "SIGKILL" else ""
+    return (
+        f"killed by {name}{advice}: it had used {peak_bytes / 1e9:.1f} GB of host memory, "
+        f"{free} were free when it started; last line on stderr: {last}"
+    )
+
+
+def _available_bytes() -> int | None:
+    try:
+        import psutil
+    except ImportError:  # comes with accelerate; without it the message is shorter
+        return None
+    return psutil.virtual_memory().available

@@ -1,0 +1,87 @@
+"""From the artifact on disk into this process's compiler caches."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.artifacts import ArtifactPair, open_verified, read_blob
+from common.console import Console
+from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.manifest import Manifest, describe, differences, parse_manifest
+from common.results import environment
+from common.trust import TrustFlags
+
+from portable_cache.flags import APPROACH, CompileFlags
+from portable_cache.recipe import Target, find_differences, recipe
+
+if TYPE_CHECKING:
+    from common.compile_evidence import Watch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came out of an artifact."""
+
+    manifest: Manifest
+    verify_seconds: float
+    entries: dict[str, int]
+
+    def as_json(self) -> dict:
+        return {
+            "sha256": self.manifest.file["sha256"],
+            "bytes": self.manifest.file["bytes"],
+            "verify_seconds": self.verify_seconds,
+            "entries": self.entries,
+        }
+
+
+def load_artifact(
+    pair: ArtifactPair,
+    target: Target,
+    compilation: CompileFlags,
+    padded_length: int,
+    trust: TrustFlags,
+    watch: "Watch",
+    console: Console,
+) -> Loaded:
+    """Check the artifact against this run, then load it; any doubt is an error of its own kind."""
+    from portable_cache import bundle
+
+    with open_verified(pair, APPROACH, trust, console) as verified:
+        manifest = verified.manifest
+        found = find_differences(
+            manifest,
+            environment(),
+            target.describe_model(),
+            recipe(compilation, (), target.device),
+            padded_length,
+        )
+        if found:
+            raise ArtifactMismatchError(
+                f"{pair.path} was built for something else: {describe(found)}; "
+                "rebuild it with ./build.sh and the same flags, or run with the build's"
+            )
+        for difference in differences(manifest.environment, environment(), ("driver",)):
+            console.warn(f"{describe([difference])}: usually harmless")
+        blob = read_blob(verified)
+    bundle.record_kernels()
+    try:
+        loaded = bundle.load_bundle(blob)
+    except bundle.DamagedBundle as error:
+        raise ArtifactDamagedError(f"{pair.path}: {error}") from error
+    except bundle.ForeignBundle as error:
+        raise ArtifactMismatchError(f"{pair.path}: {error}") from error
+    watch.restored.update(loaded.restored)
+    return Loaded(manifest, verified.verify_seconds, loaded.entries)
+
+
+def warmed_lengths(pair: ArtifactPair) -> tuple[int, ...]:
+    """Return the prefill lengths of the artifact at hand, or none when there is no such thing.
+
+    Lengths only choose the padding, so unlike the artifact itself they need no trust.
+    """
+    try:
+        recipe_found = parse_manifest(pair.metadata_path.read_bytes()).recipe
+    except (OSError, ArtifactDamagedError):
+        return ()
+    lengths = recipe_found.get("prefill_lengths")
+    return tuple(lengths) if isinstance(lengths, list) else ()

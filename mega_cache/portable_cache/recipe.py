@@ -1,0 +1,82 @@
+"""What an artifact was built for, and whether this run is that."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.artifacts import ArtifactPair
+from common.checkpoints import Checkpoint, resolve_checkpoint
+from common.console import Console
+from common.devices import choose_device, choose_dtype, quiet_compiler_logs
+from common.flags import SharedFlags
+from common.manifest import Difference, Manifest, differences
+
+from portable_cache.flags import CacheFileFlags, CompileFlags
+
+if TYPE_CHECKING:
+    import torch
+
+# a cache built under another value of one of these is never hit
+_ENVIRONMENT_FIELDS = ("torch", "triton", "transformers", "cuda", "gpu", "compute_capability")
+_MODEL_FIELDS = ("config_digest", "dtype")
+
+
+def artifact_pair(flags: CacheFileFlags) -> ArtifactPair:
+    return ArtifactPair(Path(flags.cache_path), Path(flags.metadata_path))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model to run, and where and in what precision."""
+
+    checkpoint: Checkpoint
+    device: "torch.device"
+    dtype: "torch.dtype"
+
+    def describe_model(self) -> dict[str, Any]:
+        return self.checkpoint.describe() | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def choose_target(flags: SharedFlags, presets_folder: Path, console: Console) -> Target:
+    device = choose_device(flags.device)
+    quiet_compiler_logs(device)
+    checkpoint = resolve_checkpoint(flags.model_id, presets_folder, console)
+    return Target(checkpoint, device, choose_dtype(flags.dtype, device))
+
+
+def recipe(flags: CompileFlags, lengths: tuple[int, ...], device: "torch.device") -> dict[str, Any]:
+    """Return every setting that shapes the compiled graphs."""
+    return {
+        "max_cache_len": flags.max_cache_len,
+        "prefill_lengths": list(lengths),
+        "decode_length": flags.decode_length,
+        "cache_implementation": flags.cache_implementation,
+        "compile_dynamic": flags.compile_dynamic,
+        "compile_mode": flags.compile_mode,
+        "fullgraph": flags.fullgraph,
+        "batch_size": 1,
+        "device": device.type,
+    }
+
+
+def find_differences(
+    manifest: Manifest,
+    environment: dict[str, Any],
+    model: dict[str, Any],
+    found_recipe: dict[str, Any],
+    padded_length: int,
+) -> list[Difference]:
+    """Return every field in which this run is not what the artifact was built for."""
+    recipe_fields = [name for name in found_recipe if name != "prefill_lengths"]
+    if manifest.recipe.get("max_cache_len"):
+        # one cache serves every length: how it was warmed up does not matter
+        recipe_fields.remove("decode_length")
+    found = (
+        differences(manifest.environment, environment, _ENVIRONMENT_FIELDS)
+        + differences(manifest.model, model, _MODEL_FIELDS)
+        + differences(manifest.recipe, found_recipe, recipe_fields)
+    )
+    lengths = manifest.recipe.get("prefill_lengths", [])
+    if not manifest.recipe.get("max_cache_len") and padded_length not in lengths:
+        found.append(Difference("prefill_lengths", lengths, padded_length))
+    return found

@@ -1,0 +1,6 @@
+"""Tests import the folder's modules as its scripts do: with the folder on `sys.path`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

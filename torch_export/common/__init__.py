@@ -1,0 +1,1 @@
+"""What both folders need. The original is `mega_cache/common`, the twin `torch_export/common`."""

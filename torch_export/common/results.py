@@ -1,0 +1,113 @@
+"""Result files: what a run, a compare and a benchmark write with `--json`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.cli import flag_values
+from common.versions import package_version
+
+SCHEMA = 1
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the stack; what cannot be told is None.
+
+    Imports nothing new: a process that has no torch yet gets the GPU's fields as None.
+    """
+    return {
+        **_gpu(),
+        "torch": package_version("torch"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "commit": _commit(),
+    }
+
+
+def run_header(approach: str, mode: str, config: dict) -> dict[str, Any]:
+    """Return how a run's result begins: what ran, how, and where."""
+    return {
+        "schema": SCHEMA,
+        "kind": "run",
+        "approach": approach,
+        "mode": mode,
+        "command": [sys.executable, *sys.argv],
+        "environment": environment(),
+        "config": config,
+    }
+
+
+def config_of(*groups: Any) -> dict[str, Any]:
+    """Return the flags of all groups by name, as JSON values."""
+    return {name: _as_json(value) for name, value in flag_values(*groups)}
+
+
+def write_json(document: dict, path: Path | None) -> None:
+    """Write a result file whole or not at all; None is no file."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if not path.exists() or path.is_file():
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    else:  # a pipe or /dev/stdout cannot be replaced
+        path.write_text(text)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _gpu() -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    unknown = dict.fromkeys(("gpu", "compute_capability", "driver", "cuda"))
+    if torch is None or not torch.cuda.is_available():
+        return unknown
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _first_line_of(query)
+
+
+def _commit() -> str | None:
+    """Return the commit of the repository that this file is in, marked when it has changes."""
+    folder = str(Path(__file__).parent)
+    return _first_line_of(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def _first_line_of(command: list[str]) -> str | None:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None
+
+
+def _cpu_name() -> str | None:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or None
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0].partition(':')[2].strip()} x{len(names)}" if names else None
