@@ -343,7 +343,8 @@ def _writable_pair(pair: ArtifactPair) -> ArtifactPair:
     for path in (real.path, real.metadata_path):
         with _os_errors_named(path.parent):
             _make_folder(path.parent)
-        if path.is_dir():
+            is_folder = path.is_dir()
+        if is_folder:
             raise EnvironmentProblemError(f"{path} is a folder, expected a file: name the file")
     return real
 

@@ -8,6 +8,7 @@ import argparse
 import base64
 import binascii
 import dataclasses
+import errno
 import grp
 import os
 import pwd
@@ -193,10 +194,12 @@ def _walk(path: Path, missing_ok: bool = False) -> Iterator[tuple[Path, os.stat_
         place = current / part
         try:
             info = os.lstat(place)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
             if missing_ok:
                 return
-            raise
+            raise FileNotFoundError(errno.ENOENT, error.strerror, str(path)) from None
         yield place, info
         if not stat.S_ISLNK(info.st_mode):
             current = place

@@ -44,7 +44,7 @@ def to_argv(*groups: Any) -> list[str]:
         word = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{word}" if value else f"--no-{word}")
-        elif value is not None:
+        elif value not in (None, ()):
             # one word, so that a value that starts with a dash stays a value
             argv.append(f"--{word}={_as_text(value)}")
     return argv

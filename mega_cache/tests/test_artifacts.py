@@ -1,0 +1,618 @@
+"""Artifacts on disk: replaced whole, under kills too, and verified before a byte is used."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from common import artifacts
+from common.artifacts import (
+    BLOCK_BYTES,
+    ArtifactPair,
+    block_digests,
+    building,
+    check_target,
+    describe_file,
+    open_verified,
+    read_blob,
+    write_pair,
+)
+from common.console import Console
+from common.errors import (
+    ArtifactDamagedError,
+    ArtifactMismatchError,
+    ArtifactUntrustedError,
+    EnvironmentProblemError,
+    UsageError,
+)
+from common.manifest import SCHEMA, Manifest, dump_manifest, parse_manifest
+from common.trust import TrustFlags
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+FOLDER = Path(__file__).resolve().parents[1]
+QUIET = Console(quiet=True)
+per_example_folder_is_fine = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    tmp_path.chmod(0o755)
+    return ArtifactPair(tmp_path / "a.pt2", tmp_path / "a_meta.json")
+
+
+def manifest_of(record: dict, build: int = 0) -> Manifest:
+    return Manifest(
+        schema=SCHEMA,
+        approach="torch_export",
+        model={"id": "m", "revision": None, "config_digest": "c", "dtype": "float32"},
+        environment={"torch": "2.9.1"},
+        recipe={"lengths": [128]},
+        file=record,
+        build_seconds=1.0,
+        details={"build": build},
+    )
+
+
+def content_of(build: int) -> bytes:
+    """Return what build number `build` writes: its size says nothing, its bytes do."""
+    return random.Random(build).randbytes(50_000)
+
+
+def write_build(pair: ArtifactPair, build: int) -> None:
+    with building(pair, QUIET):
+        write_pair(
+            pair,
+            lambda path: path.write_bytes(content_of(build)) and None,
+            lambda record: manifest_of(record, build),
+        )
+
+
+def read_build(pair: ArtifactPair) -> int:
+    """Return the number of the build that is found, whole, by a reader."""
+    with open_verified(pair, "torch_export", TrustFlags(), QUIET) as verified:
+        content = read_blob(verified)
+        assert Path(verified.path_for_loader).read_bytes() == content
+    build = verified.manifest.details["build"]
+    assert content == content_of(build)
+    return build
+
+
+def damage(pair: ArtifactPair, flags: TrustFlags | None = None) -> str:
+    with pytest.raises(ArtifactDamagedError) as caught:
+        open_verified(pair, "torch_export", flags or TrustFlags(), QUIET)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "./build.sh" in message
+    return message
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
+def python(code: str, *arguments: object, **options) -> subprocess.Popen:
+    """Start a process that has this file's helpers and runs `code`."""
+    head = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER / 'tests')!r}]\n"
+    head += "from test_artifacts import *\n"
+    head += "pair = ArtifactPair(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    command = [sys.executable, "-c", head + code, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, **options)
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def test_a_written_pair_is_what_a_reader_finds(pair):
+    write_build(pair, 1)
+    assert read_build(pair) == 1
+    assert pair.path.read_bytes() == content_of(1)  # a plain open works too
+    assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
+    record = json.loads(pair.metadata_path.read_text())["file"]
+    assert record["sha256"] == hashlib.sha256(content_of(1)).hexdigest()
+    for path in (pair.path, pair.metadata_path):
+        assert path.stat().st_mode & 0o022 == 0
+
+
+def test_folders_are_made_and_not_for_others_to_write(tmp_path):
+    pair = ArtifactPair(tmp_path / "x" / "y" / "a.bin", tmp_path / "z" / "m.json")
+    before = os.umask(0)
+    try:
+        check_target(pair, 10)
+        write_build(pair, 1)
+    finally:
+        os.umask(before)
+    assert read_build(pair) == 1
+    for folder in ("x", "x/y", "z"):
+        assert (tmp_path / folder).stat().st_mode & 0o777 == 0o755
+
+
+def test_the_producer_sees_the_artifacts_own_name(pair):
+    seen = []
+
+    def produce(path):
+        seen.append(path.name)
+        path.write_bytes(b"x")
+
+    write_pair(pair, produce, manifest_of)
+    assert seen == ["a.pt2"]
+
+
+def test_our_own_link_stays_a_link(pair, tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o755)
+    pair.path.symlink_to("disk/real.pt2")
+    write_build(pair, 1)
+    write_build(pair, 2)
+    assert pair.path.is_symlink()
+    assert (tmp_path / "disk" / "real.pt2").read_bytes() == content_of(2)
+    assert read_build(pair) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, BrokenPipeError])
+def test_a_failing_build_leaves_the_old_pair_and_nothing_else(pair, error):
+    write_build(pair, 1)
+
+    def produce(path):
+        path.write_bytes(b"half")
+        (path.parent / "scratch").mkdir()
+        raise error("no")
+
+    with pytest.raises(error), building(pair, QUIET):
+        write_pair(pair, produce, manifest_of)
+    with pytest.raises(ArtifactDamagedError, match="wrote nothing"):
+        write_pair(pair, lambda path: None, manifest_of)
+    with pytest.raises(ValueError, match="approach"):
+        write_pair(
+            pair,
+            lambda path: path.write_bytes(b"new") and None,
+            lambda record: dataclasses.replace(manifest_of(record), approach="none"),
+        )
+    assert read_build(pair) == 1
+    assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
+
+
+def test_targets_that_cannot_be_written_are_refused_before_the_build(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    meta = tmp_path / "m.json"
+    for bad in ("/proc/no/a.bin", tmp_path / "file" / "a.bin", tmp_path / "folder",
+                tmp_path / ("n" * 230), tmp_path / ("n" * 300)):  # fmt: skip
+        with pytest.raises(EnvironmentProblemError) as caught:
+            check_target(ArtifactPair(Path(bad), meta), 1)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="different paths"):
+        check_target(ArtifactPair(meta, meta), 1)
+    check_target(ArtifactPair(tmp_path / "a.bin", meta), 1)
+    assert names(tmp_path) == {"file", "folder"}
+
+
+def test_too_little_room_is_named_before_the_build(pair):
+    with pytest.raises(EnvironmentProblemError, match=r"has room for .*, the artifact needs about"):
+        check_target(pair, 10**18)
+
+
+def test_a_full_disk_leaves_the_old_pair_whole(pair):
+    write_build(pair, 1)
+    code = """
+import resource
+from common.errors import run_script
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # a full disk, as far as write() sees
+def main(argv):
+    with building(pair, QUIET):
+        write_pair(pair, lambda path: path.write_bytes(bytes(2**20)) and None, manifest_of)
+run_script(main)
+"""
+    process = python(code, pair.path, pair.metadata_path, stderr=subprocess.PIPE)
+    told = process.communicate()[1]
+    assert process.returncode == 5, told
+    assert "no space to write" in told
+    assert told.count("\n") == 1
+    assert read_build(pair) == 1
+    assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_cleans_up(pair, number):
+    write_build(pair, 1)
+    code = """
+from common.errors import run_script
+def produce(path):
+    path.write_bytes(b"half")
+    print("producing", flush=True)
+    time.sleep(60)
+def main(argv):
+    with building(pair, QUIET):
+        write_pair(pair, produce, manifest_of)
+run_script(main)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = python(code, pair.path, pair.metadata_path, **pipes)
+    assert process.stdout.readline() == "producing\n"
+    process.send_signal(number)
+    told = process.communicate(timeout=20)[1]
+    assert (process.returncode, told) == (130, "error: interrupted\n")
+    assert read_build(pair) == 1
+    assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
+
+
+# --- kills -----------------------------------------------------------------------------------
+
+STEPS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.listdir", "os.chmod")
+
+
+def write_and_die(pair: ArtifactPair, build: int, step: int) -> bool:
+    """Write in a child that kills itself before file operation `step`; return if it did."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            if event in STEPS:
+                seen += 1
+                if seen == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            write_build(pair, build)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first build", "rebuild"])
+def test_killed_before_any_file_operation_the_pair_is_old_or_new(pair, first):
+    folder = pair.path.parent
+    found = []
+    for step in range(1, 200):
+        for path in folder.iterdir():
+            path.unlink()
+        if not first:
+            write_build(pair, 1)
+        died = write_and_die(pair, 2, step)
+        left = names(folder)
+        if first and not pair.metadata_path.exists():
+            assert "no artifact" in damage(pair)
+            found.append("none")
+        else:
+            found.append((read_build(pair), pair.path.exists() and pair.path.read_bytes()[:9]))
+        assert names(folder) == left  # reading writes nothing
+        with building(pair, QUIET):  # the next builder completes or clears up
+            assert all(not name.startswith(".") for name in names(folder))
+        if found[-1] == "none":
+            assert names(folder) == set()
+        else:
+            assert pair.path.read_bytes() == content_of(found[-1][0])
+            assert read_build(pair) == found[-1][0]
+        if not died:
+            break
+    assert not died
+    assert step > 10
+    old = b"" if first else content_of(1)[:9]
+    # every stage was met: old, new in metadata only, new
+    between = (2, old or False)
+    assert found.count(between) >= 1
+    assert found[-1] == (2, content_of(2)[:9])
+    assert [entry for entry in found if entry not in (between, found[-1])] == [found[0]] * (
+        found.index(between)
+    )
+
+
+def write_for_ever(pair: ArtifactPair, build: int, log: Path) -> int:
+    """Return the process id of a child that writes one build after another."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(log, "a", buffering=1) as lines:
+                while True:
+                    lines.write(f"begin {build}\n")
+                    write_build(pair, build)
+                    lines.write(f"end {build}\n")
+                    build += 1
+        finally:
+            os._exit(1)
+    return child
+
+
+def test_fifty_random_kills_lose_nothing(pair, tmp_path):
+    log = tmp_path / "log"
+    write_build(pair, 0)
+    chance = random.Random(6)
+    begun, found, seen = 1, 0, []
+    for _ in range(50):
+        log.write_text("")
+        child = write_for_ever(pair, begun, log)
+        while log.stat().st_size == 0:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        lines = [line.split() for line in log.read_text().splitlines()]
+        old = max((int(build) for word, build in lines if word == "end"), default=found)
+        new = max(int(build) for word, build in lines if word == "begin")
+        found = read_build(pair)
+        assert found in {old, new}
+        seen.append("old" if found != new else "new")
+        begun = new + 1
+    assert seen.count("old") > 5
+    write_build(pair, 7)
+    assert pair.path.read_bytes() == content_of(7)
+    assert names(tmp_path) == {"a.pt2", "a_meta.json", "log"}
+
+
+def test_clearing_up_leaves_files_of_other_artifacts_alone(pair):
+    folder = pair.path.parent
+    other = ArtifactPair(folder / "a.pt2.copy", folder / "a_meta.json.copy")
+    write_build(other, 1)
+    assert write_and_die(other, 2, 12)
+    strange = folder / ".a.pt2.notes"
+    strange.write_bytes(b"")
+    before = names(folder)
+    write_build(pair, 3)
+    assert names(folder) == before | {"a.pt2", "a_meta.json"}
+
+
+# --- at once ---------------------------------------------------------------------------------
+
+
+def test_the_second_of_two_builders_waits_and_says_so(pair, tmp_path):
+    code = """
+with building(pair, Console(quiet=False)) as waited:
+    began = time.monotonic()
+    print("building", flush=True)
+    time.sleep(0.7)
+    write_pair(pair, lambda path: path.write_bytes(content_of(5)) and None,
+               lambda record: manifest_of(record, 5))
+    print(waited, began, time.monotonic())
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    one = python(code, pair.path, pair.metadata_path, **pipes)
+    assert one.stdout.readline() == "building\n"
+    two = python(code, pair.path, pair.metadata_path, **pipes)
+    results = []
+    for process in (one, two):
+        out, told = process.communicate(timeout=30)
+        assert process.returncode == 0, told
+        waited, began, ended = out.split()[-3:]
+        results.append((waited, float(began), float(ended), told))
+    assert results[0][0] == "False"
+    assert results[0][3] == ""
+    assert results[1][0] == "True"
+    assert results[1][1] >= results[0][2]
+    assert "another process is building" in results[1][3]
+    assert results[1][3].count("\n") == 1
+    assert read_build(pair) == 5
+
+
+def test_a_builder_that_was_killed_blocks_nobody(pair):
+    code = """
+with building(pair, QUIET):
+    print("building", flush=True)
+    time.sleep(60)
+"""
+    process = python(code, pair.path, pair.metadata_path, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    with building(pair, QUIET) as waited:
+        assert not waited
+
+
+def test_a_reader_during_replacements_finds_one_of_them(pair):
+    write_build(pair, 0)
+    process = python(
+        "for build in range(1, 10**9): write_build(pair, build % 50)", pair.path, pair.metadata_path
+    )
+    try:
+        found = []
+        until = time.monotonic() + 3
+        while time.monotonic() < until or len(set(found)) < 5:
+            assert process.poll() is None
+            found.append(read_build(pair))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_reader_keeps_what_it_checked_when_the_pair_is_replaced(pair):
+    write_build(pair, 1)
+    with open_verified(pair, "torch_export", TrustFlags(), QUIET) as verified:
+        write_build(pair, 2)
+        assert Path(verified.path_for_loader).read_bytes() == content_of(1)
+        assert read_blob(verified) == content_of(1)
+    assert read_build(pair) == 2
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def test_missing_files_say_how_to_build(pair):
+    assert f"no artifact and no metadata at {pair.metadata_path}" in damage(pair)
+    write_build(pair, 1)
+    pair.path.rename(pair.path.with_name("kept"))
+    assert f"no artifact at {pair.path}" in damage(pair)
+    pair.path.with_name("kept").rename(pair.path)
+    pair.metadata_path.unlink()
+    assert f"no metadata at {pair.metadata_path}" in damage(pair)
+
+
+def test_truncated_grown_and_empty_artifacts_are_refused(pair):
+    write_build(pair, 1)
+    content = pair.path.read_bytes()
+    for wrong in (b"", content[:-1], content + b"\0", content[: len(content) // 2]):
+        pair.path.write_bytes(wrong)
+        assert f"has {len(wrong)} bytes, its metadata says {len(content)}" in damage(pair)
+
+
+@per_example_folder_is_fine
+@given(st.integers(0, 50_000 * 8 - 1))
+def test_one_flipped_bit_is_refused(pair, bit):
+    write_build(pair, 1)
+    content = bytearray(pair.path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    pair.path.write_bytes(content)
+    assert "is not that of its metadata" in damage(pair)
+
+
+@per_example_folder_is_fine
+@given(st.data())
+def test_mutated_metadata_on_disk_gives_a_listed_error_or_the_checked_bytes(pair, data):
+    write_build(pair, 1)
+    text = bytearray(pair.metadata_path.read_bytes())
+    start = data.draw(st.integers(0, len(text)))
+    text[start : start + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=5))
+    pair.metadata_path.write_bytes(text)
+    try:
+        with open_verified(pair, "torch_export", TrustFlags(), QUIET) as verified:
+            assert read_blob(verified) == content_of(1)
+    except (ArtifactDamagedError, ArtifactMismatchError) as error:
+        assert "\n" not in str(error)
+
+
+def test_the_other_approachs_artifact_is_a_mismatch(pair):
+    write_build(pair, 1)
+    with pytest.raises(ArtifactMismatchError, match="is a torch_export artifact, expected one of"):
+        open_verified(pair, "mega_cache", TrustFlags(), QUIET)
+
+
+def test_files_of_two_builds_are_refused(pair):
+    write_build(pair, 1)
+    old = pair.path.read_bytes()
+    write_build(pair, 2)
+    pair.path.write_bytes(old)
+    assert "from another build" in damage(pair)
+
+
+def test_what_is_no_regular_file_is_refused_without_a_hang(pair):
+    write_build(pair, 1)
+    for path in (pair.path, pair.metadata_path):
+        kept = path.with_name("kept")
+        path.rename(kept)
+        os.mkfifo(path)
+        assert "no regular file" in damage(pair)
+        path.unlink()
+        path.mkdir()
+        assert "no regular file" in damage(pair)
+        path.rmdir()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.relpath(path))
+        assert "no regular file" in damage(pair)
+        path.unlink()
+        kept.rename(path)
+    assert read_build(pair) == 1
+
+
+def test_an_untrusted_place_is_refused_before_the_content_is_read(pair):
+    write_build(pair, 1)
+    pair.path.chmod(0o666)
+    pair.metadata_path.write_bytes(b"not JSON")
+    with pytest.raises(ArtifactUntrustedError):
+        open_verified(pair, "torch_export", TrustFlags(), QUIET)
+    damage(pair, TrustFlags(trust_artifact=True))  # consent is to the origin, not to damage
+
+
+def test_an_untrusted_target_folder_is_warned_of_at_the_build(pair, capsys):
+    pair.path.parent.chmod(0o777)
+    with building(pair, QUIET):
+        pass
+    assert "will need --trust-artifact" in capsys.readouterr().err
+
+
+def test_a_pin_is_compared_with_the_file_not_with_what_the_metadata_says(pair, monkeypatch):
+    monkeypatch.setattr(artifacts, "BLOCK_BYTES", 1000)  # several blocks
+    write_build(pair, 1)
+    right = hashlib.sha256(content_of(1)).hexdigest()
+    open_verified(pair, "torch_export", TrustFlags(expect_sha256=right), QUIET).file.close()
+    manifest = parse_manifest(pair.metadata_path.read_bytes())
+    lie = dataclasses.replace(manifest, file=manifest.file | {"sha256": "a" * 64})
+    pair.metadata_path.write_text(dump_manifest(lie))
+    with pytest.raises(ArtifactUntrustedError, match="--expect-sha256 says"):
+        open_verified(pair, "torch_export", TrustFlags(expect_sha256="a" * 64), QUIET)
+
+
+def test_a_signed_pair_opens_with_its_key_only(pair, tmp_path):
+    pytest.importorskip("cryptography")
+    from test_trust import make_keys
+
+    private, public = make_keys(tmp_path, "ed25519")
+    write_build(pair, 1)
+    with pytest.raises(ArtifactUntrustedError, match="no signature"):
+        open_verified(pair, "torch_export", TrustFlags(verify_key=public), QUIET)
+    write_pair(pair, lambda path: path.write_bytes(b"new") and None, manifest_of, private)
+    open_verified(pair, "torch_export", TrustFlags(verify_key=public), QUIET).file.close()
+    record = {"bytes": 4, **dict.fromkeys(("sha256", "blocks_sha256"), "a" * 64)}
+    signature = parse_manifest(pair.metadata_path.read_bytes()).signature
+    forged = dataclasses.replace(manifest_of(record), signature=signature)
+    pair.metadata_path.write_text(dump_manifest(forged))
+    with pytest.raises(ArtifactUntrustedError, match="was not made by"):
+        open_verified(pair, "torch_export", TrustFlags(verify_key=public), QUIET)
+
+
+def test_bytes_changed_after_the_check_are_not_handed_out(pair):
+    write_build(pair, 1)
+    with open_verified(pair, "torch_export", TrustFlags(), QUIET) as verified:
+        with open(pair.path, "r+b") as file:
+            file.write(b"changed in place")
+        with pytest.raises(ArtifactDamagedError, match="changed while it was read"):
+            read_blob(verified)
+
+
+def test_the_cost_of_verification_is_told_and_small(pair, capsys):
+    write_build(pair, 1)
+    seconds = []
+    for _ in range(5):
+        with open_verified(pair, "torch_export", TrustFlags(), Console(False)) as verified:
+            seconds.append(verified.verify_seconds)
+    assert min(seconds) < 0.05
+    assert f"verified {pair.path}: 50.0 kB in " in capsys.readouterr().err
+
+
+# --- digests ---------------------------------------------------------------------------------
+
+
+@per_example_folder_is_fine
+@given(st.binary(min_size=1, max_size=400), st.integers(1, 5))
+def test_the_block_digest_is_the_digest_of_the_blocks_digests(tmp_path, content, threads):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts, "BLOCK_BYTES", 64)
+        patch.setattr(artifacts, "_READ_BYTES", 24)
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        blocks = [
+            hashlib.sha256(content[at : at + 64]).digest() for at in range(0, len(content), 64)
+        ]
+        with open(path, "rb") as file:
+            assert block_digests(file.fileno(), len(content), threads) == blocks
+        assert describe_file(path) == {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "blocks_sha256": hashlib.sha256(b"".join(blocks)).hexdigest(),
+        }
+
+
+def test_a_large_files_blocks_digest_the_same_on_many_threads(tmp_path):
+    path = tmp_path / "large"
+    size = 4 * BLOCK_BYTES + 12345  # 256 MiB and a bit, mostly holes
+    with open(path, "wb") as file:
+        file.truncate(size)
+        for at in range(0, size, size // 9):
+            file.seek(at)
+            file.write(os.urandom(100))
+    with open(path, "rb") as file:
+        many = block_digests(file.fileno(), size, 8)
+        assert threading.active_count() == 1
+        one = block_digests(file.fileno(), size, 1)
+    assert many == one
+    assert len(set(many)) == 5
