@@ -466,6 +466,17 @@ def test_one_flipped_bit_is_refused(pair, bit):
     assert "is not that of its metadata" in damage(pair)
 
 
+@pytest.mark.parametrize("place", [0, 999, 1000, 25_500, 49_999])
+def test_a_flipped_bit_in_any_of_many_blocks_is_refused(pair, monkeypatch, place):
+    monkeypatch.setattr(artifacts, "BLOCK_BYTES", 1000)
+    write_build(pair, 1)
+    assert read_build(pair) == 1
+    content = bytearray(pair.path.read_bytes())
+    content[place] ^= 16
+    pair.path.write_bytes(content)
+    assert "is not that of its metadata" in damage(pair)
+
+
 @per_example_folder_is_fine
 @given(st.data())
 def test_mutated_metadata_on_disk_gives_a_listed_error_or_the_checked_bytes(pair, data):

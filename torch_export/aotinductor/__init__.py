@@ -1,0 +1,1 @@
+"""Everything of this folder that is about AOTInductor packages."""

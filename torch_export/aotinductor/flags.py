@@ -1,0 +1,113 @@
+"""The flags that belong to this folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import flag, positive_int
+
+FOLDER = Path(__file__).resolve().parent.parent
+APPROACH = "torch_export"
+CHECKPOINTS = FOLDER / "artifacts/checkpoints"  # where presets are written
+
+_NO_PRELOAD_METHODS = ("torch-compile", "export")
+
+
+@dataclass(frozen=True)
+class PackageFileFlags:
+    """artifact"""
+
+    package_path: Path = flag(
+        FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package"
+    )
+    metadata_path: Path = flag(
+        FOLDER / "artifacts/llama3b_aotinductor_meta.json", "its metadata"
+    )
+
+
+@dataclass(frozen=True)
+class ShapeFlags:
+    """sequence lengths: what the exported graph accepts, prompt and new tokens together"""
+
+    example_seq_len: int = flag(
+        128,
+        "tokens of the example that is traced; without --dynamic-seq-len the only length",
+        parse=positive_int,
+    )
+    dynamic_seq_len: bool = flag(
+        True, "export for every length within the bounds instead of for the example's alone"
+    )
+    min_seq_len: int = flag(1, "shortest sequence in tokens, before padding", parse=positive_int)
+    max_seq_len: int = flag(2048, "longest sequence in tokens", parse=positive_int)
+    dynamic_seq_multiple: int = flag(
+        8, "tokens that a padded sequence is a multiple of", parse=positive_int
+    )
+
+    def __post_init__(self):
+        if not self.dynamic_seq_len:
+            return
+        multiple, longest = self.dynamic_seq_multiple, self.max_seq_len
+        if longest % multiple:
+            raise ValueError(
+                f"--max-seq-len {longest} is no multiple of --dynamic-seq-multiple {multiple}: "
+                f"try {longest // multiple * multiple or multiple}"
+            )
+        if self.min_seq_len > longest:
+            raise ValueError(
+                f"--min-seq-len {self.min_seq_len} is more than --max-seq-len {longest}"
+            )
+        if self.min_seq_len > longest - multiple:
+            raise ValueError(
+                f"between --min-seq-len {self.min_seq_len} and --max-seq-len {longest} there is "
+                f"one padded length only: use --no-dynamic-seq-len --example-seq-len {longest}"
+            )
+
+
+@dataclass(frozen=True)
+class CompileFlags:
+    """compilation"""
+
+    max_autotune: bool = flag(
+        True, "measure several kernels for each matrix product and keep the fastest"
+    )
+
+
+@dataclass(frozen=True)
+class ExpectedShapeFlags:
+    """sequence lengths that the package must have been built for; without: its own"""
+
+    min_seq_len: int | None = flag(None, "shortest sequence in tokens", parse=positive_int)
+    max_seq_len: int | None = flag(None, "longest sequence in tokens", parse=positive_int)
+    dynamic_seq_multiple: int | None = flag(
+        None, "tokens that a padded sequence is a multiple of", parse=positive_int
+    )
+
+
+@dataclass(frozen=True)
+class LoadFlags:
+    """loading, or what to do instead"""
+
+    load_artifacts: bool = flag(
+        True, "generate from the package; --no-load-artifacts compiles at runtime"
+    )
+    eager: bool = flag(
+        False, "neither load nor compile: Hugging Face generate(..., disable_compile=True)"
+    )
+    no_preload_method: str = flag(
+        "torch-compile",
+        "how --no-load-artifacts compiles: torch.compile of the same graph, or export and "
+        "compile a package in a temporary folder",
+        choices=_NO_PRELOAD_METHODS,
+    )
+    compile_dynamic_seq_len: bool = flag(
+        True,
+        "torch.compile one graph for every length; off: first one for a single length, then, at "
+        "the second length, one for all",
+    )
+    max_autotune: bool | None = flag(
+        None, "of --no-load-artifacts; without either: as the package at hand was built, else on"
+    )
+    bucket_pad: bool = flag(
+        False,
+        "pad each sequence to the next of the metadata's buckets instead of the next multiple: "
+        "fewer shapes, more work",
+    )
