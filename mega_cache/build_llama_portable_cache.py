@@ -17,13 +17,13 @@ from common.cli import parse_flags, to_argv
 from common.console import Console
 from common.errors import run_script
 from common.flags import SharedFlags
-from common.trust import SignFlags
+from common.trust import SignFlags, check_sign_key
 from portable_cache.flags import APPROACH, CHECKPOINTS, BuildFlags, CacheFileFlags, CompileFlags
 
 if TYPE_CHECKING:
     from common.prompts import TextCodec
     from portable_cache.compile_evidence import Watch
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 # the blob of a 3B's decode graph is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
@@ -39,6 +39,10 @@ class Settings:
     files: CacheFileFlags
     signing: SignFlags
 
+    def __post_init__(self):
+        if self.lengths.precompile and not self.compilation.max_cache_len:
+            raise ValueError("--precompile compiles one decode step: give --max-cache-len N too")
+
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (Settings,), argv)
@@ -47,9 +51,9 @@ def main(argv: Sequence[str]) -> None:
     from common.artifacts import building, check_target
     from common.results import write_json
     from common.trials import private_compiler_caches
-    from portable_cache.recipe import artifact_pair
 
-    pair = artifact_pair(settings.files)
+    check_sign_key(settings.signing.sign_key)
+    pair = settings.files.pair()
     with private_compiler_caches():
         check_target(pair, NEEDED_BYTES)
         with building(pair, console):
@@ -71,7 +75,7 @@ def build(settings: Settings, console: Console) -> dict:
     from common.prompts import load_codec
     from common.results import environment
     from portable_cache import bundle
-    from portable_cache.recipe import artifact_pair, choose_target, recipe
+    from portable_cache.recipe import choose_target, recipe
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)
@@ -81,7 +85,9 @@ def build(settings: Settings, console: Console) -> dict:
         model = load_model(target.checkpoint, target.device, target.dtype)
     with stages.stage("warm up"):
         codec = load_codec(target.checkpoint.folder)
-        warmed = warm_up(model, codec, settings, watch, console)
+        warmed, cache = warm_up(model, codec, settings, watch, console)
+    with stages.stage("precompile"):
+        contract = precompile_decode(model, cache, settings, console)
     with stages.stage("save"):
         saved = bundle.save_bundle()
         manifest = Manifest(
@@ -96,12 +102,13 @@ def build(settings: Settings, console: Console) -> dict:
                 "warmed": warmed,
                 "entries": saved.entries,
                 "kernel_files": saved.kernel_files,
+                "decode_step": contract,
                 "graphs": [asdict(graph) for graph in watch.graphs],
             },
             signature=None,
         )
         written = write_pair(
-            artifact_pair(settings.files),
+            settings.files.pair(),
             lambda path: path.write_bytes(saved.blob),
             lambda record: replace(manifest, file=record),
             settings.signing.sign_key,
@@ -115,8 +122,8 @@ def warm_up(
     settings: Settings,
     watch: "Watch",
     console: Console,
-) -> list[dict]:
-    """Generate once per prefill length; return what each one took and compiled."""
+) -> tuple[list[dict], "Cache"]:
+    """Generate once per prefill length; return what each took and compiled, and the last cache."""
     from common.compile_evidence import read_evidence
     from portable_cache import generation
 
@@ -143,7 +150,27 @@ def warm_up(
             }
         )
         console.say(describe_warmed(warmed[-1]))
-    return warmed
+    return warmed, cache
+
+
+def precompile_decode(
+    model: "PreTrainedModel", cache: "Cache", settings: Settings, console: Console
+) -> dict | None:
+    """Compile the decode step ahead of time into the bundle; return its contract, if it worked."""
+    if not settings.lengths.precompile:
+        return None
+    from portable_cache import bundle, generation, precompile
+
+    generation.forget_compiled_state(model)
+    try:
+        call = precompile.capture_decode_call(model, cache)
+        step = precompile.export(model, cache, call, settings.compilation.compile_mode)
+    except precompile.FAILURES as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        console.warn(f"this stack cannot compile the decode step ahead of time: {reason[0]}")
+        return None
+    bundle.record_decode_step(step.content)
+    return step.contract
 
 
 def describe_warmed(entry: dict) -> str:

@@ -8,7 +8,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 artifact=(
   --model-id random:tiny
   --cache-path "$here/artifacts/demo_cache.bin"
-  --metadata-path "$here/artifacts/demo_cache_meta.json"
 )
 step() { printf '\n== %s\n' "$*" >&2; }
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from common.cli import parse_flags, to_argv
 from common.console import Console
 from common.errors import ArtifactMismatchError, ScriptError, UsageError, run_script
-from common.flags import CompareFlags, OutcomeFlags, PromptFlags, SamplingFlags, SharedFlags
+from common.flags import (
+    CompareFlags,
+    OutcomeFlags,
+    PlotFlags,
+    PromptFlags,
+    SamplingFlags,
+    SharedFlags,
+)
 from common.trust import TrustFlags
 from portable_cache.flags import APPROACH, CHECKPOINTS, CacheFileFlags, CompileFlags, LoadFlags
 
@@ -39,11 +46,13 @@ class RunSettings:
 
 
 def main(argv: Sequence[str]) -> None:
-    groups = (RunSettings, CompareFlags, OutcomeFlags)
-    settings, comparing, outcome = parse_flags(__doc__, groups, argv)
+    groups = (RunSettings, CompareFlags, PlotFlags, OutcomeFlags)
+    settings, comparing, picture, outcome = parse_flags(__doc__, groups, argv)
     console = Console(settings.shared.quiet)
     if comparing.compare_load_vs_skip:
-        return compare(settings, comparing, outcome, console)
+        return compare(settings, comparing, picture, outcome, console)
+    if picture.plot:
+        raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
     # imported late: --help answers without torch, and bad flags without its seconds
     from common.results import write_json
     from common.trials import private_compiler_caches
@@ -67,6 +76,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     from common.compile_evidence import watch_compilation
     from common.prompts import load_codec
     from portable_cache import generation
+    from portable_cache.loading import use_decode_step
     from portable_cache.recipe import choose_target
 
     stages.close("interpreter and imports")
@@ -80,6 +90,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     model = make_model(settings, target, prompt)
     cache = make_cache(model, settings, prompt)
     stages.close("model")
+    precompiled = use_decode_step(loaded, settings.loading.precompile, model, cache, console)
+    if watch is not None and not precompiled:
+        import torch._inductor.compile_fx  # noqa: F401  else request 1 pays for this import
+    stages.close("compiler")
     setup_seconds = stages.elapsed()
     served = [
         generation.serve(model, prompt, cache, settings.shared.seed)
@@ -90,7 +104,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     outputs = [token_ids for _, token_ids in served]
     return {
         **describe_run(settings, prompt, codec, outputs),
-        **describe_compilation(loaded, watch),
+        **describe_compilation(loaded, watch, precompiled),
         **describe_timing(requests, setup_seconds, stages),
     }
 
@@ -102,7 +116,6 @@ def make_prompt(
     from common.prompts import bucket_for, padding_token_id, prompt_token_ids
     from portable_cache.generation import Prompt
     from portable_cache.loading import warmed_lengths
-    from portable_cache.recipe import artifact_pair
 
     flags, compilation = settings.prompt, settings.compilation
     token_ids = prompt_token_ids(codec, flags, settings.shared.seed)
@@ -114,7 +127,7 @@ def make_prompt(
             f"{slots} slots of --max-cache-len: shorten them, or rebuild with a larger one"
         )
     if settings.loading.bucket_pad and not slots:
-        buckets = settings.loading.prefill_buckets or warmed_lengths(artifact_pair(settings.files))
+        buckets = settings.loading.prefill_buckets or warmed_lengths(settings.files.pair())
         bucket = bucket_for(length, buckets)
         if bucket is not None:
             padding = bucket - length
@@ -135,14 +148,13 @@ def load(
 ) -> "Loaded | None":
     """Load the artifact as the flags say: must, must not, or if it can be."""
     from portable_cache.loading import load_artifact
-    from portable_cache.recipe import artifact_pair
 
     wanted = settings.loading.load_artifacts
     if settings.loading.eager or wanted is False:
         return None
     try:
         return load_artifact(
-            artifact_pair(settings.files), target, settings.compilation, prompt.padded_length,
+            settings.files.pair(), target, settings.compilation, prompt.padded_length,
             settings.trust, watch, console,
         )  # fmt: skip
     except ScriptError as error:
@@ -201,14 +213,14 @@ def describe_run(
     }
 
 
-def describe_compilation(loaded: "Loaded | None", watch: "Watch | None") -> dict:
+def describe_compilation(loaded: "Loaded | None", watch: "Watch | None", precompiled: bool) -> dict:
     """Return what was loaded, what the compiler did, and per graph whether it hit."""
     from common.compile_evidence import missed, parse_graphs, read_evidence
 
     built = parse_graphs(loaded.manifest.details["graphs"]) if loaded else []
     graphs = watch.graphs if watch else []
     return {
-        "artifact": loaded.as_json() if loaded else None,
+        "artifact": loaded.as_json() | {"precompiled": precompiled} if loaded else None,
         "compile": asdict(read_evidence(watch)),
         "graphs": [{"cache": g.cache, "key": g.key, "hit": g.hit} for g in graphs],
         "misses": missed(graphs, built),
@@ -239,24 +251,34 @@ def report(document: dict, settings: RunSettings, console: Console) -> None:
 
 
 def compare(
-    settings: RunSettings, comparing: CompareFlags, outcome: OutcomeFlags, console: Console
+    settings: RunSettings,
+    comparing: CompareFlags,
+    picture: PlotFlags,
+    outcome: OutcomeFlags,
+    console: Console,
 ) -> None:
     """Run this very command with and without the artifact, in fresh processes."""
     from common.comparison import check_outcome, run_compare, show_trials
+    from common.plots import check_plot, draw
     from common.results import config_of, write_json
     from common.tables import compare_table
+
+    check_plot(picture.plot)
 
     document = run_compare(
         APPROACH,
         {
             "load": trial_command(settings, load_artifacts=True),
-            "skip": trial_command(settings, load_artifacts=False),
+            "skip": trial_command(
+                settings, load_artifacts=False, precompile=None, require_hit=False
+            ),
         },
         comparing.compare_runs,
         config_of(settings, comparing),
         console,
     )
     write_json(document, settings.shared.json)
+    draw(document, picture.plot)
     show_trials(document, settings.prompt.show_completions, console)
     console.result(compare_table(document))
     check_outcome(document, outcome.tokens_may_differ)

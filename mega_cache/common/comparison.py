@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from common.console import Console
 from common.errors import ScriptError
+from common.kept_trials import run_or_recall
 from common.measures import COUNTERS, MEASURES, benefit, summarize, with_wall_time
+from common.ratios import add_ratios
 from common.results import SCHEMA, environment
-from common.trials import Outcome, run_trial
+from common.sweep import SweepCommands, run_sweep
+from common.trials import Outcome
 
 # the command of a trial by its mode: script first, then its flags
 Commands = Mapping[str, Sequence[str]]
@@ -31,7 +34,12 @@ def run_compare(
 
 
 def run_benchmark(
-    approach: str, commands: Commands, repeats: int, config: dict, console: Console
+    approach: str,
+    commands: Commands,
+    repeats: int,
+    config: dict,
+    console: Console,
+    sweep: SweepCommands | None = None,
 ) -> dict:
     """Return the benchmark result of every mode, each in `repeats` fresh processes."""
     trials, found = _run_trials(commands, repeats, "repeat", console)
@@ -41,15 +49,18 @@ def run_benchmark(
             measure.key: summarize(_values(trials, mode, measure.key)) for measure in MEASURES
         }
         summary[mode]["compile"] = {name: _counter(trials, mode, name) for name in COUNTERS}
-    return _document("benchmark", approach, found, config, trials, summary)
+    add_ratios(trials, summary)
+    document = _document("benchmark", approach, found, config, trials, summary)
+    return document | ({"sweep": run_sweep(sweep, console)} if sweep else {})
 
 
 def check_outcome(document: dict, tokens_may_differ: bool = False) -> None:
     """Raise when a trial failed or when the modes disagree about the tokens."""
-    failed = [trial for trial in document["trials"] if not trial["ok"]]
+    trials = document["trials"] + document.get("sweep", [])
+    failed = [trial for trial in trials if not trial["ok"]]
     if failed:
         lines = "; ".join(f"{trial['mode']}: {trial['error']}" for trial in failed)
-        raise ScriptError(f"{len(failed)} of {len(document['trials'])} trials failed: {lines}")
+        raise ScriptError(f"{len(failed)} of {len(trials)} trials failed: {lines}")
     if document["outputs_identical"] is False and not tokens_may_differ:
         raise ScriptError(f"the modes disagree: {document['difference']}")
 
@@ -73,7 +84,7 @@ def _run_trials(
     bar = console.bar(order, "trials", "trial")
     for mode, number in bar:
         bar.set_postfix_str(mode)
-        outcome = run_trial(commands[mode])
+        outcome = run_or_recall(commands[mode], number)
         trials.append({"mode": mode, counter: number, **_trial(outcome)})
         if outcome.document is not None:
             found = found or outcome.document["environment"]

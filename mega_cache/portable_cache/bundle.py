@@ -33,6 +33,7 @@ import torch._dynamo  # noqa: F401  save_cache_artifacts fails without it (pytor
 from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 
 KIND = "kernel_files"
+DECODE_STEP = "decode_step"
 INDEX = "index.json"
 SCHEMA = 1
 
@@ -94,6 +95,7 @@ class LoadedBundle:
     graph_keys: dict[str, tuple[str, ...]]
     kernel_files: int
     vector_isa: str | None
+    decode_step: bytes | None = field(repr=False)
     restored: frozenset[Path] = field(repr=False)  # so that they don't count as compiled
 
 
@@ -208,6 +210,29 @@ if KIND not in CacheArtifactFactory._artifact_types:
     CacheArtifactFactory.register(KernelFileArtifact)
 
 
+_decode_steps: dict[str, bytes] = {}
+
+
+class DecodeStepArtifact(CacheArtifact):
+    """A decode step compiled ahead of time, kept in memory until somebody binds it."""
+
+    def populate_cache(self) -> None:
+        _decode_steps[self.key] = self.content
+
+    @staticmethod
+    def type() -> str:
+        return DECODE_STEP
+
+
+if DECODE_STEP not in CacheArtifactFactory._artifact_types:
+    CacheArtifactFactory.register(DecodeStepArtifact)
+
+
+def record_decode_step(content: bytes) -> None:
+    """Put a precompiled decode step into the bundle that is saved next."""
+    CacheArtifactManager.record_artifact(DECODE_STEP, "decode", content)
+
+
 def parse_index(content: bytes) -> KernelIndex:
     try:
         values = json.loads(content)
@@ -298,7 +323,11 @@ def save_bundle(*, triton_helpers: bool = False) -> SavedBundle:
     if result is None:
         raise BundleError("nothing was compiled, so there is nothing to save: warm up first")
     blob, info = result
-    keys = {kind: tuple(names) for kind, names in info.artifacts.items() if kind != KIND}
+    keys = {
+        kind: tuple(names)
+        for kind, names in info.artifacts.items()
+        if kind not in (KIND, DECODE_STEP)
+    }
     if not keys.get("inductor"):
         raise BundleError(f"no compiled graph among {sorted(keys)}: is the FX graph cache off?")
     counts = {kind: len(names) for kind, names in info.artifacts.items()}
@@ -363,11 +392,13 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     before = set(_restored)
     CacheArtifactManager.populate_caches(artifacts)
     files = keys.pop(KIND, ())
+    keys.pop(DECODE_STEP, None)
     return LoadedBundle(
         entries={kind: len(entries) for kind, entries in artifacts.items()},
         graph_keys=keys,
         kernel_files=sum(name != INDEX for name in files),
         vector_isa=index.vector_isa if index else None,
+        decode_step=_decode_steps.get("decode"),
         restored=frozenset(_restored - before),
     )
 

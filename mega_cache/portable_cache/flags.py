@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.artifacts import ArtifactPair
 from common.cli import flag, non_negative_int, positive_int, positive_ints
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -20,9 +21,13 @@ class CacheFileFlags:
     cache_path: Path = flag(
         FOLDER / "artifacts/llama3b_torchcompile_cache.bin", "file of the portable cache"
     )
-    metadata_path: Path = flag(
-        FOLDER / "artifacts/llama3b_torchcompile_cache_meta.json", "its metadata"
+    metadata_path: Path | None = flag(
+        None, "its metadata; without it NAME_meta.json beside the artifact NAME.bin"
     )
+
+    def pair(self) -> ArtifactPair:
+        beside = self.cache_path.with_name(self.cache_path.stem + "_meta.json")
+        return ArtifactPair(self.cache_path, self.metadata_path or beside)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class BuildFlags:
     prefill_lengths: tuple[int, ...] = flag(
         (128, 256, 512, 1024), "prompt lengths in tokens to warm up with", parse=positive_ints
     )
+    precompile: bool = flag(
+        False,
+        "also compile the decode step ahead of time, so that a run traces nothing "
+        "(needs --max-cache-len)",
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class LoadFlags:
     prefill_buckets: tuple[int, ...] = flag(
         (), "lengths in tokens to pad to instead of the metadata's", parse=positive_ints
     )
+    precompile: bool | None = flag(
+        None,
+        "must use the decode step that was compiled ahead of time, or must not; without either: "
+        "use it if the artifact has one that fits, else warn and trace",
+    )
     require_hit: bool = flag(False, "end with status 4 when anything had to be compiled")
 
     def __post_init__(self):
@@ -84,3 +99,5 @@ class LoadFlags:
             raise ValueError("--eager compiles nothing, so there is nothing to --load-artifacts")
         if self.eager and self.require_hit:
             raise ValueError("--eager compiles nothing, so --require-hit has nothing to check")
+        if self.precompile and (self.eager or self.load_artifacts is False):
+            raise ValueError("--precompile takes its decode step from the artifact: load it")

@@ -60,8 +60,13 @@ def configure_generation(
     eager: bool = False,
 ) -> None:
     """Set every choice of `generate`, so that none is left to the checkpoint's own defaults."""
+    import torch
     from transformers import CompileConfig, GenerationConfig
 
+    if flags.compile_dynamic == "true":
+        # otherwise Dynamo makes a symbol of every float, finds that it needs the number, and traces
+        # again: one AOTAutograd miss more per graph, at build and at run alike
+        torch._dynamo.config.specialize_float = True
     compile_config = CompileConfig(
         fullgraph=flags.fullgraph,
         dynamic=_DYNAMIC[flags.compile_dynamic],

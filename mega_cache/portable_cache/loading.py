@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.artifacts import ArtifactPair, open_verified, read_blob
+from common.compile_evidence import watch_compilation
 from common.console import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import Manifest, describe, differences, parse_manifest
@@ -15,6 +16,7 @@ from portable_cache.recipe import Target, find_differences, recipe
 
 if TYPE_CHECKING:
     from common.compile_evidence import Watch
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Loaded:
     manifest: Manifest
     verify_seconds: float
     entries: dict[str, int]
+    decode_step: bytes | None
 
     def as_json(self) -> dict:
         return {
@@ -71,7 +74,40 @@ def load_artifact(
     except bundle.ForeignBundle as error:
         raise ArtifactMismatchError(f"{pair.path}: {error}") from error
     watch.restored.update(loaded.restored)
-    return Loaded(manifest, verified.verify_seconds, loaded.entries)
+    # keys that are known need no spelling out when they are looked up
+    watch_compilation(frozenset(key for keys in loaded.graph_keys.values() for key in keys))
+    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_step)
+
+
+def use_decode_step(
+    loaded: Loaded | None,
+    wanted: bool | None,
+    model: "PreTrainedModel",
+    cache: "Cache",
+    console: Console,
+) -> bool:
+    """Hand the artifact's precompiled decode step to `generate`; return whether it is in use.
+
+    `wanted` None takes it when it is there and fits, with one warning when it does not fit.
+    """
+    contract = loaded.manifest.details.get("decode_step") if loaded else None
+    if wanted is False or (contract is None and wanted is None):
+        return False
+    from portable_cache import precompile
+
+    try:
+        if contract is None or loaded.decode_step is None:
+            raise precompile.PrecompileMismatch(
+                "the artifact has no precompiled decode step: ./build.sh --precompile makes one"
+            )
+        decode = precompile.load(loaded.decode_step, contract, model, cache)
+    except (precompile.PrecompileMismatch, *precompile.FAILURES) as error:
+        if wanted:
+            raise ArtifactMismatchError(str(error)) from error
+        console.warn(f"{error}; tracing instead")
+        return False
+    precompile.install(model, decode)
+    return True
 
 
 def warmed_lengths(pair: ArtifactPair) -> tuple[int, ...]:

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.artifacts import ArtifactPair
 from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.console import Console
 from common.devices import choose_device, choose_dtype, quiet_compiler_logs
 from common.flags import SharedFlags
 from common.manifest import Difference, Manifest, differences
 
-from portable_cache.flags import CacheFileFlags, CompileFlags
+from portable_cache.flags import CompileFlags
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 # a cache built under another value of one of these is never hit
 _ENVIRONMENT_FIELDS = ("torch", "triton", "transformers", "cuda", "gpu", "compute_capability")
 _MODEL_FIELDS = ("config_digest", "dtype")
-
-
-def artifact_pair(flags: CacheFileFlags) -> ArtifactPair:
-    return ArtifactPair(Path(flags.cache_path), Path(flags.metadata_path))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def serve(step: Step, prompt: Prompt, device: torch.device) -> tuple[Request, li
     ids, mask = (row[0] for row in pad_right(prompt.token_ids, longest, prompt.padding_id, device))
     for length in range(len(prompt.token_ids), len(prompt.token_ids) + prompt.max_new_tokens):
         padded = prompt.padded(length)
-        logits = step(ids[None, :padded], mask[None, :padded])  # (1, padded, vocab)
+        # cut before it becomes a row: contiguous, as the graph was exported and compiled for
+        logits = step(ids[:padded][None], mask[:padded][None])  # (1, padded, vocab)
         token = logits[0, length - 1].argmax()
         new_ids.append(int(token))  # waits for the device
         ttft = time.monotonic() - began if ttft is None else ttft

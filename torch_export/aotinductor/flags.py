@@ -19,9 +19,7 @@ class PackageFileFlags:
     package_path: Path = flag(
         FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package"
     )
-    metadata_path: Path = flag(
-        FOLDER / "artifacts/llama3b_aotinductor_meta.json", "its metadata"
-    )
+    metadata_path: Path = flag(FOLDER / "artifacts/llama3b_aotinductor_meta.json", "its metadata")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ def compile_lazily(
     model: "PreTrainedModel", bounds: Bounds, one_dynamic_graph: bool, max_autotune: bool
 ) -> Step:
     """Return the base graph under torch.compile; its first call compiles."""
-    if not bounds.dynamic_seq_len:
-        dynamic = False
-    else:
+    dynamic = False
+    if bounds.dynamic_seq_len:
         # None is torch's own way: static at first, dynamic from the second length on
         dynamic = True if one_dynamic_graph else None
     return torch.compile(

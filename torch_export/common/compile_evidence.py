@@ -7,7 +7,8 @@
 
 A process that never compiles calls `read_evidence(None)`: dynamo is not imported for it, and where
 it is absent no graph was captured or looked up, so those counts are a true 0. What needs the watch
-(kernels_compiled, cudagraph_replays) is None without it.
+(kernels_compiled, cudagraph_replays) is None without it, but for kernels_compiled where inductor is
+absent: 0, for there was nobody to compile one.
 """
 
 import functools
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 # JSON name -> (group, name) in torch._dynamo.utils.counters; the same on 2.9 to 2.13.
@@ -34,6 +36,7 @@ COUNTERS = {
 # A C++ kernel is <hash>.main.so; the instruction-set probes are <hash>.so, and no kernels.
 CPU_KERNELS = re.compile(r".*\.main\.so")
 GPU_KERNELS = re.compile(r".*\.(cubin|hsaco|spv)")
+TENSOR = re.compile(r"dtype=torch\.(?P<dtype>\w+), shape=torch\.Size\((?P<shape>[^)]*)\)")
 COMPONENT = re.compile(r"\[(?P<digest>[^\]]+)\] (?P<name>.*?): (?P<value>.*)", re.DOTALL)
 
 
@@ -87,7 +90,7 @@ def read_evidence(watch: Watch | None) -> CompileEvidence:
     return CompileEvidence(
         **counts,
         cudagraph_replays=watch.cudagraph_replays if watch else None,
-        kernels_compiled=count_kernels_compiled(watch) if watch else None,
+        kernels_compiled=count_kernels_compiled(watch) if watch else none_or_unknown(),
     )
 
 
@@ -120,6 +123,10 @@ def _files_below(root: Path, pattern: re.Pattern) -> frozenset[Path]:
         for name in names
         if pattern.fullmatch(name)
     )
+
+
+def none_or_unknown() -> int | None:
+    return None if "torch._inductor" in sys.modules else 0
 
 
 def count_kernels_compiled(watch: Watch) -> int:
@@ -243,33 +250,14 @@ def _observe_cuda_graphs(watch: Watch) -> None:
 
 
 def key_components(lines) -> dict[str, str]:
-    """Return the parts of a cache key from torch's "[digest] name: value" lines."""
+    """Return {part of a cache key: "digest value"} from torch's "[digest] name: value" lines."""
     parts = (COMPONENT.fullmatch(line) for line in lines)
-    return {p["name"]: f"{p['digest'][:12]} {p['value'][:60]}" for p in parts if p}
+    return {p["name"]: f"{p['digest'][:12]} {_shortened(p['value'])}" for p in parts if p}
 
 
-def differing_components(run: GraphLookup, built: list[GraphLookup]) -> list[str]:
-    """Return "name: built ..., run ..." for the parts in which a missed key differs.
-
-    Compared with the graph of the same cache at build that differs in the fewest parts.
-    """
-
-    def differences(other: GraphLookup) -> list[str]:
-        names = sorted(run.components.keys() | other.components.keys())
-        return [n for n in names if run.components.get(n) != other.components.get(n)]
-
-    candidates = [g for g in built if g.cache == run.cache and g.components]
-    if not candidates or not run.components:
-        return []
-    nearest = min(candidates, key=lambda g: len(differences(g)))
-    return [
-        f"{name}: built {_shown(nearest, name)}, run {_shown(run, name)}"
-        for name in differences(nearest)
-    ]
-
-
-def _shown(graph: GraphLookup, name: str) -> str:
-    return graph.components.get(name, "? absent").partition(" ")[2].strip()
+def _shortened(value: str) -> str:
+    tensor = TENSOR.search(value)
+    return f"{tensor['dtype']}{tensor['shape']}" if tensor else value[:60]
 
 
 def missed(graphs: list[GraphLookup], built: list[GraphLookup]) -> list[str]:
@@ -277,9 +265,54 @@ def missed(graphs: list[GraphLookup], built: list[GraphLookup]) -> list[str]:
     return [
         f"{graph.cache} {graph.key[:12]} missed: "
         + ("; ".join(differing_components(graph, built)) or "no graph of the build is comparable")
-        for graph in graphs
+        for graph in without_abandoned(graphs)
         if not graph.hit
     ]
+
+
+def without_abandoned(graphs: list[GraphLookup]) -> list[GraphLookup]:
+    """Return `graphs` less the AOTAutograd misses after which nothing was compiled.
+
+    With `dynamic=True` dynamo makes Python floats symbolic, AOTAutograd turns them back into
+    numbers and has the trace start over (TensorifyScalarRestartAnalysis, 2.9 to 2.13). The first
+    trace's look-up misses at build and at run alike. A miss that leads to a compile is followed
+    by a look-up of its FX graph; that one by another AOTAutograd look-up.
+    """
+    following = [graph.cache for graph in graphs[1:]]
+    return [
+        graph
+        for graph, after in zip_longest(graphs, following)
+        if graph.hit or graph.cache != "aot_autograd" or after != "aot_autograd"
+    ]
+
+
+def differing_components(run: GraphLookup, built: list[GraphLookup], most: int = 8) -> list[str]:
+    """Return "name: built ..., run ..." for the parts in which a missed key differs.
+
+    Compared with the graph of the same cache at build that differs in the fewest parts.
+    """
+    candidates = [g for g in built if g.cache == run.cache and g.components]
+    if not candidates or not run.components:
+        return []
+    nearest, names = min(
+        ((other, _differences(run, other)) for other in candidates), key=lambda pair: len(pair[1])
+    )
+    shown = [f"{n}: built {_value(nearest, n)}, run {_value(run, n)}" for n in names[:most]]
+    return shown + ([f"and {len(names) - most} more"] if len(names) > most else [])
+
+
+def _differences(one: GraphLookup, other: GraphLookup) -> list[str]:
+    names = sorted(one.components.keys() | other.components.keys())
+    return [name for name in names if _digest(one, name) != _digest(other, name)]
+
+
+def _digest(graph: GraphLookup, name: str) -> str:
+    # Alone: a value may show an address, which is not in the key.
+    return graph.components.get(name, "").partition(" ")[0]
+
+
+def _value(graph: GraphLookup, name: str) -> str:
+    return graph.components.get(name, "? absent").partition(" ")[2]
 
 
 def parse_graphs(records: list[dict]) -> list[GraphLookup]:

@@ -5,6 +5,10 @@ from typing import Any
 
 from common.measures import COUNTERS, MEASURES
 
+RATIOS = (
+    ("ttft_cold_over_floor", "ttft_cold / floor"),
+    ("decode_bandwidth_share", "decode / copy bandwidth"),
+)
 _COMPARED = (("setup", "s"), ("generation", "s"), ("total", "s"), ("gen_tps", "tokens/s"))
 
 
@@ -76,16 +80,30 @@ def benchmark_table(document: dict) -> str:
         + [number(entry.get(measure.key)) for entry in summary.values()]
         for measure in MEASURES
     ]
-    for key, label in (
-        ("ttft_cold_over_floor", "ttft_cold / floor"),
-        ("decode_bandwidth_share", "decode / copy bandwidth"),
-    ):
+    for key, label in RATIOS:
         if any(entry.get(key) for entry in summary.values()):
             rows.append([label, *(number(entry.get(key)) for entry in summary.values())])
     for name in COUNTERS:
         counts = [_count(entry.get("compile", {}).get(name)) for entry in summary.values()]
         rows.append([name, *counts])
-    return markdown_table(["measure", *summary], rows)
+    table = markdown_table(["measure", *summary], rows)
+    sweep = document.get("sweep")
+    return f"{table}\n\n{sweep_table(sweep)}" if sweep else table
+
+
+def sweep_table(entries: list[dict]) -> str:
+    """Return a row per length: TTFT and time per token of each mode, in milliseconds."""
+    modes = list(dict.fromkeys(entry["mode"] for entry in entries))
+    found = {(entry["mode"], entry["prompt_length"]): entry for entry in entries}
+    rows = []
+    for length in sorted({entry["prompt_length"] for entry in entries}):
+        row = [str(length)]
+        for key in ("ttft_seconds", "seconds_per_token"):
+            values = [found.get((mode, length), {}).get(key) for mode in modes]
+            row += [number(None if value is None else value * 1e3) for value in values]
+        rows.append(row)
+    header = ["prompt tokens", *(f"{mode} TTFT (ms)" for mode in modes)]
+    return markdown_table([*header, *(f"{mode} per token (ms)" for mode in modes)], rows)
 
 
 def _measured(value: float | None, key: str) -> str:

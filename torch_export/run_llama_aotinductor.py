@@ -1,0 +1,282 @@
+"""Load the ahead-of-time compiled package, then generate from it: no compiler in the process.
+
+./run.sh --model-id random:tiny --prompt "Hello"
+./run.sh --no-load-artifacts          the same graph, compiled at runtime
+./compare.sh --model-id random:tiny   load against skip, in fresh processes
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from aotinductor.flags import (
+    APPROACH,
+    CHECKPOINTS,
+    ExpectedShapeFlags,
+    LoadFlags,
+    PackageFileFlags,
+    ShapeFlags,
+)
+from common.cli import parse_flags, to_argv
+from common.console import Console
+from common.errors import UsageError, run_script
+from common.flags import CompareFlags, OutcomeFlags, PlotFlags, PromptFlags, SharedFlags
+from common.trust import TrustFlags
+
+if TYPE_CHECKING:
+    from aotinductor.base_generation import Prompt, Step
+    from aotinductor.loading import Loaded
+    from aotinductor.recipe import Target
+    from common.compile_evidence import Watch
+    from common.measures import Request
+    from common.prompts import TextCodec
+    from common.stopwatch import Stages
+
+    Serve = Callable[[], tuple[Request, list[int]]]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Every flag that a trial of this script is started with, by group."""
+
+    shared: SharedFlags
+    prompt: PromptFlags
+    loading: LoadFlags
+    shape: ExpectedShapeFlags
+    files: PackageFileFlags
+    trust: TrustFlags
+
+
+def main(argv: Sequence[str]) -> None:
+    groups = (RunSettings, CompareFlags, PlotFlags, OutcomeFlags)
+    settings, comparing, picture, outcome = parse_flags(__doc__, groups, argv)
+    console = Console(settings.shared.quiet)
+    if comparing.compare_load_vs_skip:
+        return compare(settings, comparing, picture, outcome, console)
+    if picture.plot:
+        raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
+    # imported late: --help answers without torch, and bad flags without its seconds
+    from common.results import write_json
+    from common.trials import private_compiler_caches
+
+    with private_compiler_caches():
+        document = run(settings, console)
+    write_json(document, settings.shared.json)
+    report(document, settings, console)
+    return None
+
+
+def run(settings: RunSettings, console: Console) -> dict:
+    """Set up, serve every request, and return the run's result."""
+    from common.stopwatch import Stages, process_start
+
+    stages = Stages(process_start())
+    import torch  # noqa: F401
+    from aotinductor.recipe import choose_target
+    from common.prompts import load_codec
+
+    stages.close("interpreter and imports")
+    target = choose_target(settings.shared, CHECKPOINTS, console)
+    codec = load_codec(target.checkpoint.folder)
+    prompt = make_prompt(settings, codec, target)
+    stages.close("prompt")
+    loaded, watch = None, None
+    if mode_of(settings) == "load":
+        loaded = load(settings, target, prompt, console)
+        serve = serve_base(loaded.step, prompt, target)
+        stages.close("artifact")
+    else:
+        watch, serve = set_up_without(settings, target, prompt, stages)
+    setup_seconds = stages.elapsed()
+    served = [
+        serve() for _ in console.bar(range(settings.prompt.num_requests), "generate", "request")
+    ]
+    stages.close("generation")
+    requests = [request for request, _ in served]
+    outputs = [token_ids for _, token_ids in served]
+    return {
+        **describe_run(settings, prompt, codec, outputs),
+        **describe_compilation(loaded, watch),
+        **describe_timing(requests, setup_seconds, stages),
+    }
+
+
+def mode_of(settings: RunSettings) -> str:
+    loading = settings.loading
+    return "eager" if loading.eager else "load" if loading.load_artifacts else "skip"
+
+
+def make_prompt(settings: RunSettings, codec: "TextCodec", target: "Target") -> "Prompt":
+    """Return the prompt with its padding; one that the graph cannot serve is an error."""
+    from aotinductor.base_generation import Prompt
+    from aotinductor.bounds import check_request
+    from aotinductor.recipe import find_bounds
+    from common.prompts import padding_token_id, prompt_token_ids
+
+    flags, mode = settings.prompt, mode_of(settings)
+    bounds, _ = find_bounds(settings.files, settings.shape, loading=mode == "load")
+    token_ids = prompt_token_ids(codec, flags, settings.shared.seed)
+    if mode != "eager":
+        check_request(bounds, len(token_ids), flags.max_new_tokens)
+    return Prompt(
+        token_ids,
+        flags.max_new_tokens,
+        () if flags.ignore_eos else target.checkpoint.eos_token_ids,
+        padding_token_id(codec, target.checkpoint),
+        bounds,
+        settings.loading.bucket_pad,
+    )
+
+
+def load(settings: RunSettings, target: "Target", prompt: "Prompt", console: Console) -> "Loaded":
+    from aotinductor.loading import load_package
+    from aotinductor.recipe import artifact_pair
+
+    pair = artifact_pair(settings.files)
+    return load_package(pair, target, prompt.bounds, settings.trust, console)
+
+
+def serve_base(step: "Step", prompt: "Prompt", target: "Target") -> "Serve":
+    from aotinductor import base_generation
+
+    return lambda: base_generation.serve(step, prompt, target.device)
+
+
+def set_up_without(
+    settings: RunSettings, target: "Target", prompt: "Prompt", stages: "Stages"
+) -> "tuple[Watch | None, Serve]":
+    """Return what serves a request without the package: eager, or compiled at runtime."""
+    import transformers  # noqa: F401
+    from common.compile_evidence import watch_compilation
+    from common.models import load_model
+
+    eager = settings.loading.eager
+    watch = None if eager else watch_compilation()
+    stages.close("more imports")
+    model = load_model(target.checkpoint, target.device, target.dtype)
+    stages.close("model")
+    if eager:
+        from aotinductor import eager_generation
+
+        return watch, lambda: eager_generation.serve(model, prompt)
+    serve = serve_base(compile_at_runtime(settings, model, prompt), prompt, target)
+    stages.close("compile")
+    return watch, serve
+
+
+def compile_at_runtime(settings: RunSettings, model, prompt: "Prompt") -> "Step":
+    """Compile what the package holds, as the package was built where there is one."""
+    from aotinductor import runtime_compile
+    from aotinductor.recipe import find_bounds
+
+    loading = settings.loading
+    _, built = find_bounds(settings.files, settings.shape, loading=False)
+    max_autotune = loading.max_autotune
+    if max_autotune is None:
+        max_autotune = bool(built.get("max_autotune", True))
+    if loading.no_preload_method == "export":
+        example = built.get("example_seq_len", ShapeFlags.example_seq_len)
+        return runtime_compile.compile_now(model, prompt.bounds, example, max_autotune)
+    return runtime_compile.compile_lazily(
+        model, prompt.bounds, loading.compile_dynamic_seq_len, max_autotune
+    )
+
+
+def describe_run(
+    settings: RunSettings, prompt: "Prompt", codec: "TextCodec", outputs: list[list[int]]
+) -> dict:
+    from common.results import config_of, run_header
+
+    mode = mode_of(settings)
+    length = len(prompt.token_ids)
+    return {
+        **run_header(APPROACH, mode, config_of(settings)),
+        "output": {
+            "prompt_tokens": length,
+            "padded_tokens": length if mode == "eager" else prompt.padded(length),
+            "new_tokens": len(outputs[0]),
+            "token_ids": outputs[0],
+            "text": codec.decode(outputs[0]),
+            "requests_identical": all(token_ids == outputs[0] for token_ids in outputs),
+        },
+        "completions": [codec.decode(token_ids) for token_ids in outputs],
+    }
+
+
+def describe_compilation(loaded: "Loaded | None", watch: "Watch | None") -> dict:
+    """Return what was loaded and what the compiler did; in load mode nothing, and it shows."""
+    from common.compile_evidence import read_evidence
+
+    return {
+        "artifact": loaded.as_json() if loaded else None,
+        "compile": asdict(read_evidence(watch)),
+    }
+
+
+def describe_timing(requests: "list[Request]", setup_seconds: float, stages: "Stages") -> dict:
+    from common.measures import run_metrics
+
+    return {
+        "metrics": run_metrics(requests, setup_seconds, stages.elapsed()),
+        "stages": stages.seconds,
+        "requests": [asdict(request) for request in requests],
+    }
+
+
+def report(document: dict, settings: RunSettings, console: Console) -> None:
+    """Print the completion and the measures."""
+    from common.tables import run_table
+
+    texts = document["completions"]
+    for text in texts if settings.prompt.show_completions else texts[:1]:
+        console.result(text)
+    console.result("\n" + run_table(document))
+
+
+def compare(
+    settings: RunSettings,
+    comparing: CompareFlags,
+    picture: PlotFlags,
+    outcome: OutcomeFlags,
+    console: Console,
+) -> None:
+    """Run this very command with and without the package, in fresh processes."""
+    from aotinductor.recipe import find_bounds
+    from common.comparison import check_outcome, run_compare, show_trials
+    from common.plots import check_plot, draw
+    from common.results import config_of, write_json
+    from common.tables import compare_table
+
+    check_plot(picture.plot)
+
+    find_bounds(settings.files, settings.shape, loading=True)  # disagreement: before any trial
+    document = run_compare(
+        APPROACH,
+        {
+            "load": trial_command(settings, load_artifacts=True, eager=False),
+            "skip": trial_command(settings, load_artifacts=False, eager=False),
+        },
+        comparing.compare_runs,
+        config_of(settings, comparing),
+        console,
+    )
+    write_json(document, settings.shared.json)
+    draw(document, picture.plot)
+    show_trials(document, settings.prompt.show_completions, console)
+    console.result(compare_table(document))
+    check_outcome(document, outcome.tokens_may_differ)
+
+
+def trial_command(settings: RunSettings, **loading: bool) -> list[str]:
+    """Return the command of one trial: this script with these flags, loading changed."""
+    trial = replace(
+        settings,
+        loading=replace(settings.loading, **loading),
+        # a trial writes its own result file and stays quiet: its parent adds both
+        shared=replace(settings.shared, json=None, quiet=False),
+    )
+    return [__file__, *to_argv(trial)]
+
+
+if __name__ == "__main__":
+    run_script(main)
