@@ -17,7 +17,7 @@ from common.cli import parse_flags
 from common.console import Console
 from common.errors import run_script
 from common.flags import SharedFlags
-from common.trust import SignFlags
+from common.trust import SignFlags, check_sign_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,14 +44,12 @@ def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (Settings,), argv)
     console = Console(settings.shared.quiet)
     # imported late: --help answers without torch, and bad flags without its seconds
-    from aotinductor.recipe import artifact_pair
     from common.artifacts import building
     from common.results import write_json
     from common.trials import private_compiler_caches
-    from common.trust import check_sign_key
 
     check_sign_key(settings.signing.sign_key)
-    with private_compiler_caches(), building(artifact_pair(settings.files), console):
+    with private_compiler_caches(), building(settings.files.pair(), console):
         document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
@@ -65,14 +63,14 @@ def build(settings: Settings, console: Console) -> dict:
     import torch  # noqa: F401
     import transformers  # noqa: F401
     from aotinductor.bounds import make_bounds
-    from aotinductor.recipe import artifact_pair, choose_target, recipe
+    from aotinductor.recipe import choose_target, recipe
     from common.artifacts import check_target, write_pair
     from common.manifest import SCHEMA, Manifest
     from common.results import environment
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)
-    check_target(artifact_pair(settings.files), needed_bytes(target.checkpoint.folder))
+    check_target(settings.files.pair(), needed_bytes(target.checkpoint.folder))
     bounds = make_bounds(settings.shape)
     details = {}
 
@@ -91,7 +89,7 @@ def build(settings: Settings, console: Console) -> dict:
         )
 
     written = write_pair(
-        artifact_pair(settings.files),
+        settings.files.pair(),
         lambda path: details.update(produce(path, settings, target, stages, console)),
         describe,
         settings.signing.sign_key,

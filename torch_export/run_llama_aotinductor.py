@@ -130,10 +130,8 @@ def make_prompt(settings: RunSettings, codec: "TextCodec", target: "Target") -> 
 
 def load(settings: RunSettings, target: "Target", prompt: "Prompt", console: Console) -> "Loaded":
     from aotinductor.loading import load_package
-    from aotinductor.recipe import artifact_pair
 
-    pair = artifact_pair(settings.files)
-    return load_package(pair, target, prompt.bounds, settings.trust, console)
+    return load_package(settings.files.pair(), target, prompt.bounds, settings.trust, console)
 
 
 def serve_base(step: "Step", prompt: "Prompt", target: "Target") -> "Serve":

@@ -27,3 +27,27 @@ def shared_presets(presets_folder):
     patch.setenv("LLAMA_PRESETS", str(presets_folder))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def eager_tokens(presets_folder):
+    """Return a function from prompt length to the greedy tokens of uncompiled `generate`."""
+    import torch
+    from common.checkpoints import resolve_checkpoint
+    from common.console import Console
+    from common.models import load_model
+    from common.prompts import load_codec
+    from portable_cache import generation
+    from portable_cache.flags import CompileFlags
+
+    checkpoint = resolve_checkpoint("random:tiny", presets_folder, Console(quiet=True))
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    codec = load_codec(checkpoint.folder)
+
+    def tokens(length, new_tokens):
+        eos = checkpoint.eos_token_ids
+        generation.configure_generation(model, CompileFlags(), new_tokens, eos, 0, eager=True)
+        prompt = generation.Prompt(codec.synthetic_prompt(length, seed=0), 0, 0)
+        return generation.serve(model, prompt, None, seed=0)[1]
+
+    return tokens

@@ -1,14 +1,7 @@
 """`--max-cache-len`: one artifact, and every prompt that fits hits it in a fresh process."""
 
 import pytest
-import torch
-from common.checkpoints import resolve_checkpoint
-from common.console import Console
-from common.models import load_model
-from common.prompts import load_codec
 from helpers import run_script, run_wrapper, succeeded
-from portable_cache import generation
-from portable_cache.flags import CompileFlags
 
 SLOTS = 2048
 NEW_TOKENS = 16
@@ -30,22 +23,6 @@ def artifact(tmp_path_factory):
     return [*files, "--device=cpu", f"--max-cache-len={SLOTS}", f"--max-new-tokens={NEW_TOKENS}"]
 
 
-@pytest.fixture(scope="module")
-def eager_tokens(presets_folder):
-    """Return a function from prompt length to the greedy tokens of uncompiled `generate`."""
-    checkpoint = resolve_checkpoint("random:tiny", presets_folder, Console(quiet=True))
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    codec = load_codec(checkpoint.folder)
-    eos = checkpoint.eos_token_ids
-    generation.configure_generation(model, CompileFlags(), NEW_TOKENS, eos, 0, eager=True)
-
-    def tokens(length):
-        prompt = generation.Prompt(codec.synthetic_prompt(length, seed=0), 0, 0)
-        return generation.serve(model, prompt, None, seed=0)[1]
-
-    return tokens
-
-
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_prompt_length_hits_and_equals_eager(length, artifact, eager_tokens, tmp_path):
     flags = [*artifact, f"--prompt-length={length}", "--load-artifacts", "--require-hit"]
@@ -54,7 +31,7 @@ def test_every_prompt_length_hits_and_equals_eager(length, artifact, eager_token
     assert evidence["fxgraph_cache_miss"] == evidence["aot_autograd_cache_miss"] == 0
     assert evidence["kernels_compiled"] == 0
     assert evidence["fxgraph_cache_hit"] == 1
-    assert done.result["output"]["token_ids"] == eager_tokens(length)
+    assert done.result["output"]["token_ids"] == eager_tokens(length, NEW_TOKENS)
 
 
 def test_a_skipped_load_misses_and_compiles(artifact, eager_tokens, tmp_path):
@@ -64,7 +41,7 @@ def test_a_skipped_load_misses_and_compiles(artifact, eager_tokens, tmp_path):
     assert evidence["fxgraph_cache_miss"] >= 1
     assert evidence["kernels_compiled"] >= 1
     assert evidence["recompiles"] == 0  # after the first request nothing is compiled again
-    assert done.result["output"]["token_ids"] == eager_tokens(63)
+    assert done.result["output"]["token_ids"] == eager_tokens(63, NEW_TOKENS)
     assert done.result["output"]["requests_identical"]
 
 

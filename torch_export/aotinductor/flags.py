@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.artifacts import ArtifactPair
 from common.cli import flag, positive_int
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -19,7 +20,13 @@ class PackageFileFlags:
     package_path: Path = flag(
         FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package"
     )
-    metadata_path: Path = flag(FOLDER / "artifacts/llama3b_aotinductor_meta.json", "its metadata")
+    metadata_path: Path | None = flag(
+        None, "its metadata; without it NAME_meta.json beside the package NAME.pt2"
+    )
+
+    def pair(self) -> ArtifactPair:
+        beside = self.package_path.with_name(self.package_path.stem + "_meta.json")
+        return ArtifactPair(self.package_path, self.metadata_path or beside)
 
 
 @dataclass(frozen=True)

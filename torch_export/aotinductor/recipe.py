@@ -26,10 +26,6 @@ _MODEL_FIELDS = ("config_digest", "dtype")
 _RECIPE_FIELDS = ("kv_cache", "weights_fingerprint", "batch_size", "device", "cpu_capability")
 
 
-def artifact_pair(flags: PackageFileFlags) -> ArtifactPair:
-    return ArtifactPair(Path(flags.package_path), Path(flags.metadata_path))
-
-
 @dataclass(frozen=True)
 class Target:
     """The model to run, and where and in what precision."""
@@ -111,12 +107,12 @@ def find_bounds(
     Lengths only choose the padding, so unlike the package itself they need no trust. Flags that
     disagree with the metadata are an error, or, for a graph compiled at runtime, win.
     """
-    built = _read_recipe(artifact_pair(files))
+    built = _read_recipe(files.pair())
     given = {name: value for name, value in asdict(expected).items() if value is not None}
     found = differences(built, given, given) if built else []
     if found and loading:
         raise ArtifactMismatchError(
-            f"{files.metadata_path} was built for something else: {describe(found)}; "
+            f"{files.package_path} was built for something else: {describe(found)}; "
             "rebuild it with ./build.sh and the same flags, or run with the build's"
         )
     return (override(expected) if found or not built else parse_bounds(built)), built

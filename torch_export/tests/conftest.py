@@ -1,5 +1,6 @@
-"""Tests import the folder's modules as its scripts do, and share one set of checkpoints."""
+"""Tests import the folder's modules as its scripts do, and share checkpoints and packages."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,3 +28,23 @@ def shared_presets(presets_folder):
     patch.setenv("LLAMA_PRESETS", str(presets_folder))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def copied_folder(tmp_path_factory):
+    """The folder alone, elsewhere, with a package of random:tiny at its default place."""
+    from helpers import run_wrapper, succeeded
+
+    folder = tmp_path_factory.mktemp("elsewhere") / "torch_export"
+    ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
+    shutil.copytree(FOLDER, folder, ignore=ignored)
+    # autotuning takes a minute on two cores, and the graph is the same
+    flags = ["--model-id=random:tiny", "--device=cpu", "--no-max-autotune"]
+    succeeded(run_wrapper("build.sh", *flags, folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def package(copied_folder):
+    """The package of random:tiny; its metadata is beside it."""
+    return copied_folder / "artifacts" / "llama3b_aotinductor.pt2"

@@ -1,0 +1,120 @@
+"""A bundle that is damaged, foreign or hostile is refused before a byte of it is written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import FOLDER
+
+# A real bundle of one small compiled function, then every way to spoil it. In a process of its
+# own, with caches of its own: what is loaded cannot be unloaded.
+PROGRAM = """
+import dataclasses, json, os, sys
+from pathlib import Path
+
+import torch
+from portable_cache import bundle
+from torch.compiler._cache import CacheArtifactManager, _serialize_single_cache
+from torch.utils._appending_byte_serializer import AppendingByteSerializer
+
+
+
+
+
+bundle.record_kernels()
+torch.compile(lambda x: (x * 2).sin())(torch.ones(64))
+good = bundle.save_bundle().blob
+
+
+def pack(artifacts):
+    serializer = AppendingByteSerializer(serialize_fn=_serialize_single_cache)
+    serializer.extend(artifacts.items())
+    return serializer.to_bytes()
+
+
+def entries():
+    return {kind: list(found) for kind, found in CacheArtifactManager.deserialize(good).items()}
+
+
+def altered(kind, position=0, **change):
+    artifacts = entries()
+    artifacts[kind][position] = dataclasses.replace(artifacts[kind][position], **change)
+    return pack(artifacts)
+
+
+index = json.loads(entries()["kernel_files"][0].content)
+
+
+def with_index(**change):
+    return altered("kernel_files", content=json.dumps(index | change).encode())
+
+
+flipped = bytearray(good)
+flipped[len(good) // 2] ^= 1
+kernel = "c" + "a" * 51
+cases = {
+    "empty": b"",
+    "cut": good[:-100],
+    "bit flipped": bytes(flipped),
+    "text": b"hello" * 99,
+    "header only": pack({}),
+    "no graph": pack({"kernel_files": entries()["kernel_files"]}),
+    "no index": pack(entries() | {"kernel_files": entries()["kernel_files"][1:]}),
+    "key with dots": altered("kernel_files", 1, key="inductor/../../evil.main.so"),
+    "absolute key": altered("kernel_files", 1, key="/tmp/evil.main.so"),
+    "other suffix": altered("kernel_files", 1, key=f"inductor/ab/{kernel}.py"),
+    "other root": altered("kernel_files", 1, key=f"home/ab/{kernel}.main.so"),
+    "graph key with dots": altered("inductor", key="../../../../evil"),
+    "autograd key with dots": altered("aot_autograd", key="../evil"),
+    "another processor": with_index(cpu_features=[*index["cpu_features"], "avx1024"]),
+    "another torch": with_index(torch="9.9"),
+    "newer schema": with_index(schema=99),
+    "index not JSON": altered("kernel_files", content=b"{"),
+    "index with dots": with_index(kernels={"x": "inductor/../../e.main.so"}),
+}
+root = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+before = {path for path in root.parent.rglob("*")}
+answers = {}
+for name, blob in cases.items():
+    try:
+        bundle.load_bundle(blob)
+        answers[name] = "loaded"
+    except bundle.BundleError as error:
+        answers[name] = f"{type(error).__name__}: {error}"
+written = [str(path) for path in root.parent.rglob("*") if path not in before]
+print(json.dumps({"answers": answers, "written": written}))
+"""
+FOREIGN = ("another processor", "another torch", "newer schema")
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    import os
+
+    folder = tmp_path_factory.mktemp("caches")
+    environment = os.environ | {
+        "PYTHONPATH": str(FOLDER),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TMPDIR": str(folder),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_spoilt_bundle_is_refused(outcome):
+    for name, answer in outcome["answers"].items():
+        kind = "ForeignBundle" if name in FOREIGN else "DamagedBundle"
+        assert answer.startswith(kind), (name, answer)
+
+
+def test_nothing_is_written_for_a_refused_bundle(outcome):
+    assert outcome["written"] == []

@@ -1,0 +1,68 @@
+"""`--precompile`: a loaded start traces nothing, and what `generate` offers still works."""
+
+import pytest
+import torch
+from helpers import run_script, run_wrapper, succeeded
+
+NEW_TOKENS = 24
+RUN = "run_llama_with_portable_cache.py"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    flags = [f"--cache-path={tmp_path_factory.mktemp('artifact') / 'a.bin'}", "--device=cpu"]
+    warm_up = ["--model-id=random:tiny", "--prefill-lengths=16", "--decode-length=4"]
+    built = succeeded(run_wrapper("build.sh", *flags, *warm_up, "--precompile"))
+    assert "1 decode_step" in built.stdout, built.stderr
+    return [*flags, "--max-cache-len=2048", f"--max-new-tokens={NEW_TOKENS}"]
+
+
+def run(artifact, tmp_path, *flags, **environment):
+    result = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    return run_script(RUN, *artifact, *flags, result=result, **environment)
+
+
+def test_a_loaded_start_traces_nothing_and_the_first_request_is_like_the_second(artifact, tmp_path):
+    flags = ["--precompile", "--require-hit", "--prompt-length=40", "--num-requests=4"]
+    document = succeeded(run(artifact, tmp_path, *flags)).result
+    counters = ("unique_graphs", "calls_captured", "fxgraph_cache_miss", "kernels_compiled")
+    assert {name: document["compile"][name] for name in counters} == dict.fromkeys(counters, 0)
+    metrics = document["metrics"]
+    assert metrics["first_request_seconds"] <= 1.5 * metrics["tail_mean_seconds"] + 0.3
+    assert document["output"]["requests_identical"]
+
+
+@pytest.mark.parametrize("length", [1, 129, 1500])
+def test_tokens_equal_eager(length, artifact, eager_tokens, tmp_path):
+    flags = ["--precompile", f"--prompt-length={length}"]
+    document = succeeded(run(artifact, tmp_path, *flags)).result
+    assert document["output"]["token_ids"] == eager_tokens(length, NEW_TOKENS)
+
+
+def test_sampling_with_a_seed_is_that_of_the_ordinary_compiled_path(artifact, tmp_path):
+    flags = ["--temperature=0.8", "--seed=3", "--prompt-length=20", "--load-artifacts"]
+    ahead = succeeded(run(artifact, tmp_path, "--precompile", *flags)).result
+    traced = succeeded(run(artifact, tmp_path, "--no-precompile", *flags)).result
+    assert ahead["artifact"]["precompiled"] and not traced["artifact"]["precompiled"]
+    assert ahead["output"]["token_ids"] == traced["output"]["token_ids"]
+
+
+def test_another_thread_count_is_refused_or_traced_with_one_warning(artifact, tmp_path):
+    if torch.get_num_threads() == 1:
+        pytest.skip("one thread at the build leaves no smaller number for the run")
+    threads = {"OMP_NUM_THREADS": "1"}
+    refused = run(artifact, tmp_path, "--precompile", "--prompt-length=9", **threads)
+    assert refused.status == 4
+    assert "built with threads" in refused.stderr
+    traced = succeeded(run(artifact, tmp_path, "--prompt-length=9", **threads))
+    assert "tracing instead" in traced.stderr
+    assert traced.result["compile"]["unique_graphs"] == 1
+
+
+def test_an_artifact_without_a_decode_step_says_how_to_get_one(tmp_path):
+    flags = [f"--cache-path={tmp_path / 'a.bin'}", "--device=cpu", "--max-cache-len=64"]
+    refused = run_script("build_llama_portable_cache.py", *flags[:2], "--precompile")
+    assert refused.status == 2
+    assert "--precompile compiles one decode step: give --max-cache-len N too" in refused.stderr
+    refused = run_script(RUN, *flags, "--precompile", "--no-load-artifacts")
+    assert refused.status == 2
