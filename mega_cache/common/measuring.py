@@ -175,7 +175,8 @@ def run_steps(
         console.say(f"== {step}: {shlex.join(commands[step])}")
         if step == "build":
             state.forget(list(commands))  # what was measured with another artifact does not count
-        error = state.run(step, commands[step], left)
+        quiet = ["--quiet"] if console.quiet else []
+        error = state.run(step, commands[step], left, *quiet)
         if error is not None:
             console.warn(f"{step}: {error}")
             failures[step] = error
@@ -226,7 +227,7 @@ def size_commands(measurement: Measurement, state: StateFolder) -> dict[str, lis
 def _with_shared_flags(
     measurement: Measurement, state: StateFolder, own: dict[str, list]
 ) -> dict[str, list[str]]:
-    shared = to_argv(replace(measurement.shared, json=None))
+    shared = to_argv(replace(measurement.shared, json=None, quiet=False, debug=False))
     artifact = measurement.plan.artifact_flags(state.path / "artifact")
     return {
         step: [str(FOLDER / wrapper), *shared, *artifact, *flags, *measurement.extra]

@@ -82,14 +82,19 @@ class StateFolder:
             self._record(step).unlink(missing_ok=True)
             shutil.rmtree(self._trials(step), ignore_errors=True)
 
-    def run(self, step: str, command: Sequence[str], timeout_seconds: float) -> str | None:
-        """Run a step that writes its result with `--json`; keep it, or return what went wrong."""
+    def run(
+        self, step: str, command: Sequence[str], timeout_seconds: float, *also: str
+    ) -> str | None:
+        """Run a step that writes its result with `--json`; keep it, or return what went wrong.
+
+        `also` are flags that do not change what is measured.
+        """
         result = self.path / f"{step}_result.json"
         result.unlink(missing_ok=True)
         trials = self._trials(step)
         trials.mkdir(parents=True, exist_ok=True)
         ended = run_bounded(
-            [*command, f"--json={result}"], timeout_seconds, **{KEPT_VARIABLE: str(trials)}
+            [*command, *also, f"--json={result}"], timeout_seconds, **{KEPT_VARIABLE: str(trials)}
         )
         if ended.error is None and not result.exists():
             return "ended well but wrote no result"

@@ -47,17 +47,8 @@ def export_base_graph(
     causal_lm: "PreTrainedModel", bounds: Bounds, example_seq_len: int
 ) -> torch.export.ExportedProgram:
     """Export for every multiple within the bounds, or, static, for their one length."""
-    multiple = bounds.dynamic_seq_multiple
-    shapes = None
-    length = bounds.max_seq_len
-    if bounds.dynamic_seq_len:
-        first, last = bounds.min_padded // multiple, bounds.max_seq_len // multiple
-        blocks = torch.export.Dim("blocks", min=first, max=last)
-        length_dim = {1: blocks if multiple == 1 else multiple * blocks}
-        shapes = (length_dim, length_dim)
-        # an example of one block would be taken for a constant
-        example = min(max(example_seq_len // multiple, first, 2), last)
-        length = example * multiple
+    length, length_dim = bounds.example_and_dim(example_seq_len)
+    shapes = None if length_dim is None else (length_dim, length_dim)
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
     graph = BaseGraph(causal_lm)
     return torch.export.export(graph, (ids, torch.ones_like(ids)), dynamic_shapes=shapes)

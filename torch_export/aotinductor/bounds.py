@@ -37,6 +37,19 @@ class Bounds:
             return min(bucket for bucket in self.buckets if bucket >= length)
         return -(-length // self.dynamic_seq_multiple) * self.dynamic_seq_multiple
 
+    def example_and_dim(self, example_seq_len: int) -> tuple[int, dict | None]:
+        """Return the length to trace with, and what is dynamic on dimension 1; None is static."""
+        if not self.dynamic_seq_len:
+            return self.max_seq_len, None
+        import torch  # a lean start checks bounds without needing torch.export
+
+        multiple = self.dynamic_seq_multiple
+        first, last = self.min_padded // multiple, self.max_seq_len // multiple
+        blocks = torch.export.Dim("blocks", min=first, max=last)
+        # an example of one block would be taken for a constant
+        example = min(max(example_seq_len // multiple, first, 2), last)
+        return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"buckets": list(self.buckets)}
 

@@ -126,7 +126,12 @@ def _draw_stages(axes: "Axes", starts: dict[str, dict[str, float]]) -> None:
     modes = list(starts)
     longest = max(sum(stages.values()) for stages in starts.values())
     left = dict.fromkeys(modes, 0.0)
-    order = _stage_order(starts)
+    seen = 0.002 * longest  # a piece below is thinner than the line around it
+    order = [
+        name
+        for name in _stage_order(starts)
+        if max(stages.get(name, 0.0) for stages in starts.values()) > seen
+    ]
     for number, name in enumerate(order):
         seconds = [starts[mode].get(name, 0.0) for mode in modes]
         bars = axes.barh(
@@ -247,6 +252,7 @@ def _figure(panels: list, document: dict, stacked: bool) -> "Figure":
     for axes, (paint, values) in zip([grid] if count == 1 else grid, panels, strict=True):
         paint(axes, values)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
     figure.suptitle(caption(document), fontsize=9, x=0.01, ha="left", color="#444444")
     return figure
 

@@ -1,0 +1,157 @@
+"""Greedy generation with a package's `prefill` and `decode` over one static KV cache.
+
+On CUDA the host does not wait for a token before it asks for the next: decode's inputs live on the
+device and the graph advances them itself. Tokens come back through page-locked memory, LAG steps
+behind; a stop that is seen late throws the tokens after it away, so the output is the same for any
+LAG.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from common.devices import synchronize
+from common.measures import Request
+
+from aotinductor.base_generation import Prompt
+from aotinductor.kv_cache import CacheShape
+
+# How far the host may run ahead of the tokens it has seen: enough to hide a launch, few to throw
+# away.
+LAG = 2
+# The first run loads kernels, which a capture cannot; the second shows that nothing is left to
+# load.
+WARM_UP_RUNS = 2
+
+
+class Model(Protocol):
+    """A graph that takes the list of its inputs, as a loaded package's model does."""
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+class Generator:
+    """Owns the cache and the step state of one sequence at a time, on one device."""
+
+    def __init__(
+        self, prefill: Model, decode: Model, cache: CacheShape, rope: torch.Tensor, multiple: int
+    ):
+        self.prefill_model, self.decode_model = prefill, decode
+        self.slots, self.multiple = cache.slots, multiple
+        self.rope = rope
+        self.device = device = rope.device
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.bias = torch.zeros(1, cache.slots, dtype=rope.dtype, device=device)
+        # Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
+        self.k_cache = torch.zeros(cache.size, dtype=rope.dtype, device=device)
+        self.v_cache = torch.zeros_like(self.k_cache)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_logits: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None  # (1, vocab), of the newest step
+
+    def capture(self) -> None:
+        """Record decode as a CUDA graph. Call once, after the constants are bound."""
+        warm_up = torch.cuda.Stream(self.device)
+        warm_up.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(warm_up):
+            self.position.zero_()
+            for _ in range(WARM_UP_RUNS):
+                self.run_decode()
+        torch.cuda.current_stream(self.device).wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run_decode()  # recorded, not run
+        # Every replay writes the same memory of the graph's own pool.
+        self.graph, self.graph_logits = graph, self.logits
+
+    def run_decode(self) -> None:
+        state = [self.token, self.position, self.bias, self.rope, self.k_cache, self.v_cache]
+        (self.logits,) = self.decode_model.run(state)
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Fill the cache with the prompt's tokens, and leave the first new one in `token`."""
+        padded = -(-len(prompt) // self.multiple) * self.multiple
+        ids = torch.zeros(1, padded, dtype=torch.int64)
+        ids[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        self.position.fill_(len(prompt))
+        state = [
+            ids.to(self.device),
+            self.token,
+            self.position,
+            self.bias,
+            self.rope,
+            self.k_cache,
+            self.v_cache,
+        ]
+        (self.logits,) = self.prefill_model.run(state)
+
+    def decode(self) -> None:
+        """One step: the token after `token` takes its place, `position` advances."""
+        if self.graph is None:
+            self.run_decode()
+        else:
+            self.graph.replay()
+            self.logits = self.graph_logits
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids, a stop id included. `on_token` gets each one as it arrives.
+
+        The caller has checked that the request fits: the prompt and all new tokens but the last
+        one, which needs no slot.
+        """
+        # (max_new_tokens,); page-locked, or the copies below would wait for the device
+        arrived = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=self.on_cuda)
+        events: list[torch.cuda.Event | None] = []
+        lag = LAG if self.on_cuda else 0
+        tokens: list[int] = []
+        for step in range(max_new_tokens + lag):
+            if step < max_new_tokens:
+                self.prefill(prompt) if step == 0 else self.decode()
+                events.append(self.send_token(arrived, step))
+            # The first token is waited for at once: time to first token is what a user sees.
+            while len(tokens) < len(events) and (len(tokens) == 0 or len(tokens) <= step - lag):
+                token = receive_token(arrived, events[len(tokens)], len(tokens))
+                tokens.append(token)
+                if on_token is not None:
+                    on_token(token)
+                if token in stop_ids:
+                    return tokens
+        return tokens
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def send_token(self, arrived: torch.Tensor, step: int) -> torch.cuda.Event | None:
+        """Queue the copy of `token` to the host, before the next step overwrites it."""
+        arrived[step : step + 1].copy_(self.token.view(1), non_blocking=self.on_cuda)
+        return torch.cuda.current_stream(self.device).record_event() if self.on_cuda else None
+
+
+def receive_token(arrived: torch.Tensor, event, step: int) -> int:
+    if event is not None:
+        event.synchronize()
+    return int(arrived[step])
+
+
+def serve(generator: Generator, prompt: Prompt) -> tuple[Request, list[int]]:
+    """Generate once; return the timing and the new token ids, a stop token included."""
+    first: list[float] = []
+
+    def note(token: int) -> None:
+        if not first:
+            first.append(time.monotonic())
+
+    synchronize(generator.device)
+    began = time.monotonic()
+    new_ids = generator.generate(prompt.token_ids, prompt.max_new_tokens, prompt.stop_ids, note)
+    synchronize(generator.device)
+    return Request(time.monotonic() - began, first[0] - began, len(new_ids)), new_ids
