@@ -8,6 +8,8 @@ compiles. Build the artifact first with ./build.sh.
 
 from collections.abc import Sequence
 
+from run_llama_with_portable_cache import RunSettings, trial_command
+
 from common.cli import parse_flags
 from common.console import Console
 from common.errors import run_script
@@ -15,7 +17,6 @@ from common.flags import BenchmarkFlags, OutcomeFlags, PlotFlags, SweepFlags
 from common.floor import floor_command
 from common.ratios import FLOOR
 from portable_cache.flags import APPROACH, CHECKPOINTS
-from run_llama_with_portable_cache import RunSettings, trial_command
 
 MODES = {
     "compile_preload": {"load_artifacts": True, "eager": False},

@@ -21,9 +21,10 @@ from common.trust import SignFlags, check_sign_key
 from portable_cache.flags import APPROACH, CHECKPOINTS, BuildFlags, CacheFileFlags, CompileFlags
 
 if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
     from common.prompts import TextCodec
     from portable_cache.compile_evidence import Watch
-    from transformers import Cache, PreTrainedModel
 
 # the blob of a 3B's decode graph is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
@@ -68,6 +69,7 @@ def build(settings: Settings, console: Console) -> dict:
 
     stages = Stages(process_start())
     import transformers  # noqa: F401
+
     from common.artifacts import write_pair
     from common.compile_evidence import watch_compilation
     from common.manifest import SCHEMA, Manifest

@@ -10,15 +10,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from measure import artifact_flags
+from run_llama_with_portable_cache import RunSettings, load, make_cache, make_model
+
 from common.console import Console
 from common.equivalence import EquivalenceFlags, Kind, compare_logits, main
 from common.errors import run_script
-from measure import artifact_flags
 from portable_cache.flags import APPROACH, CHECKPOINTS
-from run_llama_with_portable_cache import RunSettings, load, make_cache, make_model
 
 if TYPE_CHECKING:
     import torch
+
     from common.equivalence import Engine
     from portable_cache.recipe import Target
 
@@ -40,6 +42,7 @@ def check_logits(settings: RunSettings, flags: EquivalenceFlags, console: Consol
 def make_engine(settings: RunSettings, target: "Target", console: Console) -> "Engine | None":
     """Return the logits of `generate` with the artifact loaded, led along the forced tokens."""
     import torch
+
     from common.compile_evidence import watch_compilation
     from portable_cache.generation import Prompt
     from portable_cache.loading import use_decode_step

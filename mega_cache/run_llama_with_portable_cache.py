@@ -24,12 +24,13 @@ from common.trust import TrustFlags
 from portable_cache.flags import APPROACH, CHECKPOINTS, CacheFileFlags, CompileFlags, LoadFlags
 
 if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
     from common.compile_evidence import Watch
     from common.prompts import TextCodec
     from portable_cache.generation import Prompt
     from portable_cache.loading import Loaded
     from portable_cache.recipe import Target
-    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     stages = Stages(process_start())
     import torch  # noqa: F401
     import transformers  # noqa: F401
+
     from common.compile_evidence import watch_compilation
     from common.prompts import load_codec
     from portable_cache import generation

@@ -3,10 +3,13 @@
     ./benchmark.sh --model-id random:tiny --num-requests 5 --repeats 1
 
 compile_preload loads the package, compile_no_preload compiles at runtime (--no-preload-method),
-eager is Hugging Face `generate` uncompiled. Build the package first with ./build.sh.
+eager is Hugging Face `generate` uncompiled, floor only brings the weights to the device. Build the
+package first with ./build.sh.
 """
 
 from collections.abc import Sequence
+
+from run_llama_aotinductor import RunSettings, trial_command
 
 from aotinductor.flags import APPROACH, CHECKPOINTS
 from common.cli import parse_flags
@@ -15,7 +18,6 @@ from common.errors import run_script
 from common.flags import BenchmarkFlags, OutcomeFlags, PlotFlags, SweepFlags
 from common.floor import floor_command
 from common.ratios import FLOOR
-from run_llama_aotinductor import RunSettings, trial_command
 
 MODES = {
     "compile_preload": {"load_artifacts": True, "eager": False},
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, BenchmarkFlags, SweepFlags, PlotFlags, OutcomeFlags)
     settings, benchmark, sweep, picture, outcome = parse_flags(__doc__, groups, argv)
     console = Console(settings.shared.quiet)
-    from aotinductor.recipe import find_bounds
+    from aotinductor.recipe import find_plan
     from common.comparison import check_outcome, run_benchmark, show_trials
     from common.plots import check_plot, draw
     from common.results import config_of, write_json
@@ -36,8 +38,7 @@ def main(argv: Sequence[str]) -> None:
     from common.tables import benchmark_table
 
     check_plot(picture.plot)
-
-    find_bounds(settings.files, settings.shape, loading=True)  # disagreement: before any trial
+    find_plan(settings.files, settings.shape, loading=True)  # disagreement: before any trial
     document = run_benchmark(
         APPROACH,
         {mode: command(settings, mode) for mode in benchmark.modes},

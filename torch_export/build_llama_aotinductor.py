@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from aotinductor.flags import APPROACH, CHECKPOINTS, CompileFlags, PackageFileFlags, ShapeFlags
+from aotinductor.flags import (
+    APPROACH,
+    CHECKPOINTS,
+    CompileFlags,
+    GraphFlags,
+    PackageFileFlags,
+    ShapeFlags,
+)
 from common.cli import parse_flags
 from common.console import Console
 from common.errors import run_script
@@ -22,6 +29,9 @@ from common.trust import SignFlags, check_sign_key
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
+    from aotinductor.bounds import Bounds
     from aotinductor.recipe import Target
     from common.stopwatch import Stages
 
@@ -34,10 +44,25 @@ class Settings:
     """Every flag of this script, by group."""
 
     shared: SharedFlags
+    graph: GraphFlags
     shape: ShapeFlags
     compilation: CompileFlags
     files: PackageFileFlags
     signing: SignFlags
+
+    def __post_init__(self):
+        slots = self.graph.slots(self.shape)
+        if slots is None:
+            return
+        if not self.shape.dynamic_seq_len:
+            raise ValueError(
+                "--kv-cache needs prompts of any length: leave --no-dynamic-seq-len out"
+            )
+        if slots < self.shape.max_seq_len:
+            raise ValueError(
+                f"--max-cache-len {slots} cannot hold a prompt of --max-seq-len "
+                f"{self.shape.max_seq_len} tokens: lower the one or raise the other"
+            )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,6 +87,7 @@ def build(settings: Settings, console: Console) -> dict:
     stages = Stages(process_start())
     import torch  # noqa: F401
     import transformers  # noqa: F401
+
     from aotinductor.bounds import make_bounds
     from aotinductor.recipe import choose_target, recipe
     from common.artifacts import check_target, write_pair
@@ -70,7 +96,7 @@ def build(settings: Settings, console: Console) -> dict:
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)
-    check_target(settings.files.pair(), needed_bytes(target.checkpoint.folder))
+    check_target(settings.files.pair(), needed_bytes(settings.graph, target.checkpoint.folder))
     bounds = make_bounds(settings.shape)
     details = {}
 
@@ -81,7 +107,12 @@ def build(settings: Settings, console: Console) -> dict:
             model=target.describe_model(),
             environment=environment(),
             recipe=recipe(
-                target, bounds, settings.shape.example_seq_len, settings.compilation.max_autotune
+                target,
+                bounds,
+                settings.shape.example_seq_len,
+                settings.graph,
+                settings.graph.slots(settings.shape),
+                settings.compilation.max_autotune,
             ),
             file=record,
             build_seconds=stages.elapsed(),
@@ -97,30 +128,67 @@ def build(settings: Settings, console: Console) -> dict:
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
 
 
-def needed_bytes(checkpoint_folder: "Path") -> int:
+def needed_bytes(graph: GraphFlags, checkpoint_folder: "Path") -> int:
+    if not graph.weights_embedded:
+        return CODE_BYTES
+    graphs = 2 if graph.kv_cache else 1  # each graph of a package carries its own copy
     weights = sum(path.stat().st_size for path in checkpoint_folder.glob("*.safetensors"))
-    return weights + CODE_BYTES
+    return graphs * weights + CODE_BYTES
 
 
 def produce(
     path: "Path", settings: Settings, target: "Target", stages: "Stages", console: Console
 ) -> dict:
     """Write a verified package to `path`; return what its metadata tells beside the recipe."""
-    from aotinductor.base_graph import export_base_graph
     from aotinductor.bounds import make_bounds
-    from aotinductor.building import compile_base_package, verify_package
     from common.models import load_model
 
     bounds = make_bounds(settings.shape)
     with shown(stages, "load", console):
         model = load_model(target.checkpoint, target.device, target.dtype)
+    if settings.graph.kv_cache:
+        return produce_kv(path, settings, model, bounds, stages, console)
+    return produce_base(path, settings, model, bounds, stages, console)
+
+
+def produce_base(
+    path: "Path", settings: Settings, model: "PreTrainedModel", bounds: "Bounds", stages: "Stages",
+    console: Console,
+) -> dict:  # fmt: skip
+    from aotinductor import base_package
+    from aotinductor.base_graph import export_base_graph
+    from aotinductor.loading import base_step
+    from aotinductor.verification import open_fresh_model
+
+    embedded = settings.graph.weights_embedded
     with shown(stages, "export", console):
         exported = export_base_graph(model, bounds, settings.shape.example_seq_len)
     with shown(stages, "compile and package", console):
-        compile_base_package(exported, path, settings.compilation.max_autotune)
+        details = base_package.compile_base_package(
+            exported, path, embedded, settings.compilation.max_autotune
+        )
     with shown(stages, "verify", console):
-        checks = verify_package(path, model, bounds)
-    return {"verification": checks}
+        graph = open_fresh_model(path, base_package.MODEL, details, model, embedded)
+        checks = base_package.verify_base_package(base_step(graph), model, bounds)
+    return details | {"verification": checks}
+
+
+def produce_kv(
+    path: "Path", settings: Settings, model: "PreTrainedModel", bounds: "Bounds", stages: "Stages",
+    console: Console,
+) -> dict:  # fmt: skip
+    from aotinductor import kv_package
+
+    embedded, slots = settings.graph.weights_embedded, settings.graph.slots(settings.shape)
+    with shown(stages, "export, compile and package", console):
+        details = kv_package.compile_kv_package(
+            model, bounds, slots, settings.shape.example_seq_len, path, embedded,
+            settings.compilation.max_autotune,
+        )  # fmt: skip
+    with shown(stages, "verify", console):
+        generator = kv_package.open_fresh_package(path, details, model, embedded)
+        checks = kv_package.verify_kv_package(generator, model, bounds, slots)
+    return details | {"verification": checks}
 
 
 @contextmanager
@@ -142,6 +210,9 @@ def report(document: dict, settings: Settings, console: Console) -> None:
     static = f"{recipe['max_seq_len']} tokens (static)"
     rows = [
         ["artifact", str(settings.files.package_path)],
+        ["graphs", ", ".join(document["details"]["graphs"])],
+        ["KV cache", f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none"],
+        ["weights", "in the package" if recipe["embed_weights"] else "bound at load"],
         ["size", f"{document['file']['bytes'] / 1e6:.2f} MB"],
         ["lengths", f"{lengths}, x{multiple}" if recipe["dynamic_seq_len"] else static],
         ["build", f"{document['build_seconds']:.1f} s"],
@@ -149,6 +220,7 @@ def report(document: dict, settings: Settings, console: Console) -> None:
     console.result(markdown_table(["saved", ""], rows))
     checks = [
         [
+            check["graph"],
             str(check["tokens"]),
             str(check["padded_tokens"]),
             f"{check['max_absolute_difference']:.2e}",
@@ -156,7 +228,7 @@ def report(document: dict, settings: Settings, console: Console) -> None:
         ]
         for check in document["details"]["verification"]
     ]
-    header = ["tokens", "padded", "logits: max abs difference", "of the largest logit"]
+    header = ["graph", "tokens", "padded", "logits: max abs difference", "of the largest logit"]
     console.result("\n" + markdown_table(header, checks))
     console.say("start from it with:\n  " + start_command(settings))
 

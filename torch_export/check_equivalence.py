@@ -9,14 +9,20 @@ Tokens are checked on a package of random:tiny made for it; logits on the packag
 from functools import partial
 from typing import TYPE_CHECKING
 
+from measure import artifact_flags
+from run_llama_aotinductor import RunSettings, wants_cuda_graph
+
 from aotinductor.flags import APPROACH, CHECKPOINTS
 from common.console import Console
 from common.equivalence import EquivalenceFlags, Kind, compare_logits, main
 from common.errors import run_script
-from measure import artifact_flags
-from run_llama_aotinductor import RunSettings
 
 if TYPE_CHECKING:
+    import torch
+
+    from aotinductor.base_generation import Step
+    from aotinductor.bounds import Bounds
+    from aotinductor.kv_generation import Generator
     from aotinductor.recipe import Target
     from common.equivalence import Engine
 
@@ -36,30 +42,50 @@ def check_logits(settings: RunSettings, flags: EquivalenceFlags, console: Consol
 
 
 def make_engine(settings: RunSettings, target: "Target", console: Console) -> "Engine | None":
-    """Return the logits of the base package, in one pass over prompt and forced tokens.
-
-    The seam for further graphs: one that keeps a KV cache returns its own engine here, or None.
-    """
-    import torch
-    from aotinductor.base_generation import pad_right
+    """Return the function that gives the package's logits of each forced token."""
     from aotinductor.loading import load_package
-    from aotinductor.recipe import find_bounds
+    from aotinductor.recipe import find_plan
+    from common.stopwatch import Stages, process_start
 
-    bounds, built = find_bounds(settings.files, settings.shape, loading=True)
-    if built.get("kv_cache"):
-        console.warn("no logits of the package: its graphs do not give them")
-        return None
-    loaded = load_package(settings.files.pair(), target, bounds, settings.trust, console)
+    plan = find_plan(settings.files, settings.shape, loading=True)
+    cuda_graph = wants_cuda_graph(settings, target, plan)
+    loaded = load_package(
+        settings.files.pair(), target, plan, settings.trust, cuda_graph, Stages(process_start()),
+        console,
+    )  # fmt: skip
+    logits = base_logits if plan.slots is None else kv_logits
+    return partial(logits, loaded.engine, plan.bounds, target.device)
 
-    @torch.no_grad()
-    def logits(prompt: list[int], forced: list[int]) -> torch.Tensor:
-        sequence = prompt + forced[:-1]
-        padded = bounds.padded(len(sequence), False)
-        ids, mask = pad_right(sequence, padded, 0, target.device)
-        found = loaded.step(ids, mask)[0]  # (padded, vocab)
-        return found[len(prompt) - 1 : len(sequence)].float().cpu()
 
-    return logits
+def base_logits(
+    step: "Step", bounds: "Bounds", device: "torch.device", prompt: list[int], forced: list[int]
+) -> "torch.Tensor":
+    """Return (forced, vocab) float32 logits, in one pass over prompt and forced tokens."""
+    import torch
+
+    from aotinductor.base_generation import pad_right
+
+    sequence = prompt + forced[:-1]
+    with torch.no_grad():
+        found = step(*pad_right(sequence, bounds.padded(len(sequence)), 0, device))[0]
+    return found[len(prompt) - 1 : len(sequence)].float().cpu()
+
+
+def kv_logits(
+    generator: "Generator", bounds: "Bounds", device: "torch.device", prompt: list[int],
+    forced: list[int],
+) -> "torch.Tensor":  # fmt: skip
+    """Return (forced, vocab) float32 logits: prefill, then one decode step per forced token."""
+    import torch
+
+    with torch.no_grad():
+        generator.prefill(prompt, bounds.padded(len(prompt)))
+        rows = [generator.logits.float().cpu()]
+        for token in forced[:-1]:
+            generator.token.fill_(token)  # instead of the package's own choice
+            generator.decode()
+            rows.append(generator.logits.float().cpu())
+    return torch.cat(rows)
 
 
 if __name__ == "__main__":

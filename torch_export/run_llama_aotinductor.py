@@ -15,7 +15,6 @@ from aotinductor.flags import (
     ExpectedShapeFlags,
     LoadFlags,
     PackageFileFlags,
-    ShapeFlags,
 )
 from common.cli import parse_flags, to_argv
 from common.console import Console
@@ -24,15 +23,15 @@ from common.flags import CompareFlags, OutcomeFlags, PlotFlags, PromptFlags, Sha
 from common.trust import TrustFlags
 
 if TYPE_CHECKING:
-    from aotinductor.base_generation import Prompt, Step
+    from aotinductor.base_generation import Prompt
     from aotinductor.loading import Loaded
-    from aotinductor.recipe import Target
+    from aotinductor.recipe import Plan, Target
     from common.compile_evidence import Watch
     from common.measures import Request
     from common.prompts import TextCodec
     from common.stopwatch import Stages
 
-    Serve = Callable[[], tuple[Request, list[int]]]
+    Serve = Callable[[Prompt], tuple[Request, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -71,27 +70,38 @@ def run(settings: RunSettings, console: Console) -> dict:
     from common.stopwatch import Stages, process_start
 
     stages = Stages(process_start())
-    import torch  # noqa: F401
-    from aotinductor.recipe import choose_target
+    import torch
+
+    from aotinductor.loading import load_package, server_of
+    from aotinductor.recipe import choose_target, find_plan
     from common.prompts import load_codec
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)
+    torch.empty(1, device=target.device)  # CUDA makes its context here
+    stages.close("device")
+    mode = mode_of(settings)
+    plan = find_plan(settings.files, settings.shape, loading=mode == "load")
+    cuda_graph = wants_cuda_graph(settings, target, plan)
     codec = load_codec(target.checkpoint.folder)
-    prompt = make_prompt(settings, codec, target)
+    prompt = make_prompt(settings, codec, target, plan)
     stages.close("prompt")
     loaded, watch = None, None
-    if mode_of(settings) == "load":
-        loaded = load(settings, target, prompt, console)
-        serve = serve_base(loaded.step, prompt, target)
-        stages.close("artifact")
+    if mode == "load":
+        loaded = load_package(
+            settings.files.pair(), target, plan, settings.trust, cuda_graph, stages, console
+        )
+        serve = server_of(loaded.engine, target.device)
     else:
-        watch, serve = set_up_without(settings, target, prompt, stages)
+        watch, serve = set_up_without(settings, target, plan, cuda_graph, stages)
     setup_seconds = stages.elapsed()
     served = [
-        serve() for _ in console.bar(range(settings.prompt.num_requests), "generate", "request")
+        serve(prompt)
+        for _ in console.bar(range(settings.prompt.num_requests), "generate", "request")
     ]
-    stages.close("generation")
+    stages.close("decode")
+    # request 1 up to its first token is prefill; all the rest of generation stays decode
+    stages.split("decode", "prefill", served[0][0].ttft_seconds or 0.0)
     requests = [request for request, _ in served]
     outputs = [token_ids for _, token_ids in served]
     return {
@@ -106,45 +116,44 @@ def mode_of(settings: RunSettings) -> str:
     return "eager" if loading.eager else "load" if loading.load_artifacts else "skip"
 
 
-def make_prompt(settings: RunSettings, codec: "TextCodec", target: "Target") -> "Prompt":
-    """Return the prompt with its padding; one that the graph cannot serve is an error."""
+def wants_cuda_graph(settings: RunSettings, target: "Target", plan: "Plan") -> bool:
+    """Return whether decode is captured; asking for it where it cannot be is an error."""
+    possible = target.device.type == "cuda" and plan.slots is not None
+    if settings.loading.cuda_graph and not possible:
+        raise UsageError(
+            "--cuda-graph captures the decode step of a package with a KV cache on a CUDA GPU: "
+            f"this is {'the base graph' if plan.slots is None else 'a CPU'}"
+        )
+    return possible and settings.loading.cuda_graph is not False
+
+
+def make_prompt(
+    settings: RunSettings, codec: "TextCodec", target: "Target", plan: "Plan"
+) -> "Prompt":
+    """Return the prompt with its padding; one that the graphs cannot serve is an error."""
     from aotinductor.base_generation import Prompt
-    from aotinductor.bounds import check_request
-    from aotinductor.recipe import find_bounds
     from common.prompts import padding_token_id, prompt_token_ids
 
-    flags, mode = settings.prompt, mode_of(settings)
-    bounds, _ = find_bounds(settings.files, settings.shape, loading=mode == "load")
+    flags, bucket_pad = settings.prompt, settings.loading.bucket_pad
     token_ids = prompt_token_ids(codec, flags, settings.shared.seed)
-    if mode != "eager":
-        check_request(bounds, len(token_ids), flags.max_new_tokens)
+    if not settings.loading.eager:
+        plan.check_request(len(token_ids), flags.max_new_tokens, bucket_pad)
     return Prompt(
         token_ids,
         flags.max_new_tokens,
         () if flags.ignore_eos else target.checkpoint.eos_token_ids,
         padding_token_id(codec, target.checkpoint),
-        bounds,
-        settings.loading.bucket_pad,
+        plan.bounds,
+        bucket_pad,
     )
 
 
-def load(settings: RunSettings, target: "Target", prompt: "Prompt", console: Console) -> "Loaded":
-    from aotinductor.loading import load_package
-
-    return load_package(settings.files.pair(), target, prompt.bounds, settings.trust, console)
-
-
-def serve_base(step: "Step", prompt: "Prompt", target: "Target") -> "Serve":
-    from aotinductor import base_generation
-
-    return lambda: base_generation.serve(step, prompt, target.device)
-
-
 def set_up_without(
-    settings: RunSettings, target: "Target", prompt: "Prompt", stages: "Stages"
+    settings: RunSettings, target: "Target", plan: "Plan", cuda_graph: bool, stages: "Stages"
 ) -> "tuple[Watch | None, Serve]":
     """Return what serves a request without the package: eager, or compiled at runtime."""
     import transformers  # noqa: F401
+
     from common.compile_evidence import watch_compilation
     from common.models import load_model
 
@@ -152,32 +161,27 @@ def set_up_without(
     watch = None if eager else watch_compilation()
     stages.close("more imports")
     model = load_model(target.checkpoint, target.device, target.dtype)
-    stages.close("model")
+    stages.close("weights")
     if eager:
         from aotinductor import eager_generation
 
-        return watch, lambda: eager_generation.serve(model, prompt)
-    serve = serve_base(compile_at_runtime(settings, model, prompt), prompt, target)
-    stages.close("compile")
-    return watch, serve
-
-
-def compile_at_runtime(settings: RunSettings, model, prompt: "Prompt") -> "Step":
-    """Compile what the package holds, as the package was built where there is one."""
-    from aotinductor import runtime_compile
-    from aotinductor.recipe import find_bounds
+        return watch, lambda prompt: eager_generation.serve(model, prompt)
+    from aotinductor.loading import server_of
+    from aotinductor.runtime_compile import RuntimeCompiler
 
     loading = settings.loading
-    _, built = find_bounds(settings.files, settings.shape, loading=False)
     max_autotune = loading.max_autotune
-    if max_autotune is None:
-        max_autotune = bool(built.get("max_autotune", True))
-    if loading.no_preload_method == "export":
-        example = built.get("example_seq_len", ShapeFlags.example_seq_len)
-        return runtime_compile.compile_now(model, prompt.bounds, example, max_autotune)
-    return runtime_compile.compile_lazily(
-        model, prompt.bounds, loading.compile_dynamic_seq_len, max_autotune
+    if max_autotune is None:  # as the package was built where there is one
+        max_autotune = bool(plan.built.get("max_autotune", True))
+    compiler = RuntimeCompiler(
+        export=loading.no_preload_method == "export",
+        one_dynamic_graph=loading.compile_dynamic_seq_len,
+        max_autotune=max_autotune,
+        cuda_graph=cuda_graph,
     )
+    engine = compiler.compile(model, plan)
+    stages.close("compile")
+    return watch, server_of(engine, target.device)
 
 
 def describe_run(
@@ -239,7 +243,7 @@ def compare(
     console: Console,
 ) -> None:
     """Run this very command with and without the package, in fresh processes."""
-    from aotinductor.recipe import find_bounds
+    from aotinductor.recipe import find_plan
     from common.comparison import check_outcome, run_compare, show_trials
     from common.plots import check_plot, draw
     from common.results import config_of, write_json
@@ -247,7 +251,7 @@ def compare(
 
     check_plot(picture.plot)
 
-    find_bounds(settings.files, settings.shape, loading=True)  # disagreement: before any trial
+    find_plan(settings.files, settings.shape, loading=True)  # disagreement: before any trial
     document = run_compare(
         APPROACH,
         {

@@ -8,6 +8,7 @@ logits of each candidate minus those of float32 eager, absolute, mean and max ov
 """
 
 import json
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class EquivalenceFlags:
     token_prompt_lengths: tuple[int, ...] = flag(
         (7, 129, 1000), "prompt lengths in tokens to compare tokens at", parse=positive_ints
     )
+    token_build_flags: str = flag("", f"further flags of that {TOKENS_MODEL}'s build, in one word")
     check_logits: bool = flag(True, "compare the given model's logits with float32 eager")
     logit_prompt_lengths: tuple[int, ...] = flag(
         (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
@@ -73,8 +75,7 @@ def main(kind: Kind, description: str, argv: Sequence[str]) -> None:
 
     tokens, logits = None, None
     if flags.check_tokens:
-        lengths = flags.token_prompt_lengths
-        tokens = compare_tokens(settings.shared, lengths, kind.artifact_flags, console)
+        tokens = compare_tokens(settings.shared, flags, kind.artifact_flags, console)
     if flags.check_logits:
         with private_compiler_caches():
             logits = kind.check_logits(settings, flags, console)
@@ -87,7 +88,7 @@ def main(kind: Kind, description: str, argv: Sequence[str]) -> None:
 
 def compare_tokens(
     shared: SharedFlags,
-    lengths: Sequence[int],
+    checks: EquivalenceFlags,
     artifact_flags: Callable[[Path], list[str]],
     console: Console,
 ) -> list[dict]:
@@ -95,9 +96,10 @@ def compare_tokens(
     shared = replace(shared, model_id=TOKENS_MODEL, dtype="float32", json=None)
     with tempfile.TemporaryDirectory(prefix="llama-equivalence-") as folder:
         flags = [*to_argv(shared), *artifact_flags(Path(folder, "artifact"))]
-        _succeed("build.sh", flags, Path(folder, "build.json"))
+        build_flags = shlex.split(checks.token_build_flags)
+        _succeed("build.sh", [*flags, *build_flags], Path(folder, "build.json"))
         found = []
-        for length in console.bar(lengths, "tokens", "prompt"):
+        for length in console.bar(checks.token_prompt_lengths, "tokens", "prompt"):
             request = [
                 f"--prompt-length={length}",
                 f"--max-new-tokens={TOKENS_NEW}",
@@ -131,7 +133,7 @@ def _succeed(wrapper: str, flags: Sequence[str], result: Path) -> dict:
     """Run one of the folder's wrappers and return the result that it wrote."""
     result.unlink(missing_ok=True)
     command = [str(FOLDER / wrapper), *flags, "--quiet", f"--json={result}"]
-    ended = run_bounded(command, TIMEOUT_SECONDS)
+    ended = run_bounded(command, TIMEOUT_SECONDS, show=False)
     if ended.error is not None:
         raise ScriptError(f"{wrapper}: {ended.error}")
     return json.loads(result.read_bytes())
@@ -246,13 +248,17 @@ def equivalence_table(document: dict) -> str:
         rows = [
             [
                 f"{row['mode']}, {row['dtype']}",
-                number(row["mean_abs_error"], 6),
-                number(row["max_abs_error"], 5),
+                error_text(row["mean_abs_error"]),
+                error_text(row["max_abs_error"]),
             ]
             for row in logits["rows"]
         ]
         parts.append(markdown_table(header, rows))
     return "\n\n".join(parts)
+
+
+def error_text(error: float | None) -> str:
+    return "-" if error is None else f"{error:.2g}"
 
 
 def check_tokens_equal(document: dict) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.cli import flag, names_from, non_negative_float, parse_flags, to_argv
 from common.console import Console
+from common.equivalence import error_text
 from common.errors import ScriptError
 from common.flags import MODES, SharedFlags
 from common.plots import draw, has_matplotlib
@@ -49,6 +50,7 @@ class MeasureFlags:
         "steady-state speed and numerical difference of each",
         parse=_words,
     )
+    label: str = flag("", "of a variant of the build, like kv-cache: part of the result's name")
     results_folder: Path = flag(FOLDER / "results", "where the result file goes")
     plots: bool = flag(True, "draw the result too, where matplotlib is installed")
 
@@ -57,7 +59,7 @@ class MeasureFlags:
 class StepFlags:
     """flags for single steps; those after -- go to every step"""
 
-    build_flags: str = flag("", "flags of build, in one word")
+    build_flags: str = flag("", "flags of build, in one word: --build-flags='--x 1 --y'")
     run_flags: str = flag("", "flags of compare, benchmark, sweep and equivalence")
     compare_flags: str = flag("", "flags of compare alone")
     benchmark_flags: str = flag("", "flags of benchmark alone")
@@ -87,7 +89,10 @@ class Measurement:
 
     def state(self, kind: str) -> StateFolder:
         shared = self.shared
-        name = f"{kind}-{slug(shared.model_id)}-{shared.device}-{shared.dtype}-{torch_name()}"
+        name = "-".join(
+            (kind, slug(shared.model_id), shared.device, shared.dtype, torch_name())
+            + ((slug(self.flags.label),) if self.flags.label else ())
+        )
         return StateFolder(FOLDER / "artifacts" / "measure" / name)
 
     def seconds_left(self) -> float:
@@ -144,6 +149,7 @@ def measure_sizes(measurement: Measurement) -> dict[str, str]:
             "kind": "sizes",
             "approach": measurement.plan.approach,
             "model_id": "sizes",
+            "label": measurement.flags.label,
             "finished": min(dates),
             "environment": found,
             "page_cache": PAGE_CACHE,
@@ -204,7 +210,12 @@ def step_commands(measurement: Measurement, state: StateFolder) -> dict[str, lis
             [*lenient, *sweep, f"--sweep-prompt-lengths={SWEEP_LENGTHS}", *run]
             + shlex.split(flags.sweep_flags),
         ],
-        "equivalence": ["check_equivalence.sh", run + shlex.split(flags.equivalence_flags)],
+        "equivalence": [
+            "check_equivalence.sh",
+            # tokens are checked on an artifact of the same kind
+            [f"--token-build-flags={flags.build_flags}", *run]
+            + shlex.split(flags.equivalence_flags),
+        ],
     }
     return _with_shared_flags(measurement, state, own)
 
@@ -247,6 +258,7 @@ def compose(measurement: Measurement, state: StateFolder) -> dict | None:
         "kind": "measurement",
         "approach": measurement.plan.approach,
         "model_id": measurement.shared.model_id,
+        "label": measurement.flags.label,
         "finished": max(record["finished"] for record in records.values()),
         "date": min(record["finished"] for record in records.values())[:10],
         "environment": measured["environment"],
@@ -260,12 +272,13 @@ def compose(measurement: Measurement, state: StateFolder) -> dict | None:
 
 
 def result_name(document: dict) -> str:
-    """Return `<gpu or cpu>_<model>_torch<version>_<date>`."""
+    """Return `<gpu or cpu>_<model>[_<label>]_torch<version>_<date>`."""
     found = document["environment"]
     device = slug(found["gpu"]) if found.get("gpu") else "cpu"
     version = (found.get("torch") or "unknown").partition("+")[0]
     date = document.get("date") or document["finished"][:10]
-    return f"{device}_{slug(document['model_id'])}_torch{version}_{date}"
+    label = f"_{slug(document['label'])}" if document["label"] else ""
+    return f"{device}_{slug(document['model_id'])}{label}_torch{version}_{date}"
 
 
 def slug(name: str) -> str:
@@ -307,8 +320,8 @@ def sizes_table(rows: list[dict]) -> str:
                 number(row["compiled_tokens_per_second"], 1),
                 "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
                 *(
-                    f"{number(errors.get(mode, {}).get('mean_abs_error'), 5)} / "
-                    f"{number(errors.get(mode, {}).get('max_abs_error'), 4)}"
+                    f"{error_text(errors.get(mode, {}).get('mean_abs_error'))} / "
+                    f"{error_text(errors.get(mode, {}).get('max_abs_error'))}"
                     for mode in ("eager", "load")
                 ),
             ]

@@ -158,7 +158,8 @@ def _draw_stages(axes: "Axes", starts: dict[str, dict[str, float]]) -> None:
 def _fill(number: int) -> dict:
     colour = _COLOURS[number % len(_COLOURS)]
     edge = "#333333" if colour in _LIGHT else "white"
-    hatch = _HATCHES[number % len(_HATCHES)]
+    # moved on by one each round, so that no pair of colour and hatch comes twice
+    hatch = _HATCHES[(number + number // len(_COLOURS)) % len(_HATCHES)]
     return {"color": colour, "hatch": hatch, "edgecolor": edge, "linewidth": 0.6}
 
 

@@ -50,8 +50,30 @@ class Stages:
         claimed = sum(self.seconds.values())
         self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed() - claimed
 
+    def split(self, name: str, part: str, seconds: float) -> None:
+        """Book `seconds` of the stage `name` as a stage `part` of its own, right before it."""
+        rest = self.seconds.pop(name) - seconds
+        self.seconds |= {part: seconds, name: rest}
+
     def elapsed(self) -> float:
         return time.monotonic() - self.start
+
+
+class FirstTokenClock:
+    """A `generate` streamer that notes when the first new token reached the host."""
+
+    def __init__(self):
+        self.first_token_at: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: object) -> None:
+        # generate hands over the prompt first, then each new token, copied to the host
+        if self._prompt_seen and self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
 
 
 _IMPORTED = time.monotonic()

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 from common.devices import synchronize
 from common.measures import Request
-
+from common.stopwatch import FirstTokenClock
 from portable_cache.flags import CompileFlags
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Cache, PreTrainedModel
 
 _DYNAMIC = {"auto": None, "true": True, "false": False}
@@ -31,23 +30,6 @@ class Prompt:
     @property
     def padded_length(self) -> int:
         return len(self.token_ids) + self.padding
-
-
-class FirstTokenClock:
-    """A `generate` streamer that notes when the first new token reached the host."""
-
-    def __init__(self):
-        self.first_token_at: float | None = None
-        self._prompt_seen = False
-
-    def put(self, value: "torch.Tensor") -> None:
-        # generate hands over the prompt first, then each new token, copied to the host
-        if self._prompt_seen and self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def configure_generation(

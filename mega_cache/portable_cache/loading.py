@@ -10,13 +10,13 @@ from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import Manifest, describe, differences, parse_manifest
 from common.results import environment
 from common.trust import TrustFlags
-
 from portable_cache.flags import APPROACH, CompileFlags
 from portable_cache.recipe import Target, find_differences, recipe
 
 if TYPE_CHECKING:
-    from common.compile_evidence import Watch
     from transformers import Cache, PreTrainedModel
+
+    from common.compile_evidence import Watch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from common.console import Console
 from common.devices import choose_device, choose_dtype, quiet_compiler_logs
 from common.flags import SharedFlags
 from common.manifest import Difference, Manifest, differences
-
 from portable_cache.flags import CompileFlags
 
 if TYPE_CHECKING:

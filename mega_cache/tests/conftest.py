@@ -33,6 +33,7 @@ def shared_presets(presets_folder):
 def eager_tokens(presets_folder):
     """Return a function from prompt length to the greedy tokens of uncompiled `generate`."""
     import torch
+
     from common.checkpoints import resolve_checkpoint
     from common.console import Console
     from common.models import load_model

@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from common import artifacts
 from common.artifacts import (
     BLOCK_BYTES,
@@ -36,8 +39,6 @@ from common.errors import (
 )
 from common.manifest import SCHEMA, Manifest, dump_manifest, parse_manifest
 from common.trust import TrustFlags
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 FOLDER = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)

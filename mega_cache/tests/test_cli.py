@@ -6,11 +6,12 @@ import sys
 import build_llama_portable_cache as build_script
 import pytest
 import run_llama_with_portable_cache as run_script_module
-from common import flags
-from common.cli import parse_flags, to_argv
 from helpers import FOLDER, run_command, run_script, run_wrapper
 from hypothesis import given
 from hypothesis import strategies as st
+
+from common import flags
+from common.cli import parse_flags, to_argv
 from portable_cache.flags import BuildFlags, CompileFlags, LoadFlags
 
 PUBLISHED = {

@@ -5,6 +5,9 @@ import json
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from common.errors import ArtifactDamagedError
 from common.manifest import (
     APPROACHES,
@@ -18,8 +21,6 @@ from common.manifest import (
     dump_manifest,
     parse_manifest,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SCALARS = (
     st.none()

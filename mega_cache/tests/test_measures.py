@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from common.comparison import check_outcome, run_compare
 from common.console import Console
 from common.errors import ScriptError
@@ -10,8 +13,6 @@ from common.measures import MEASURES, Request, run_metrics, summarize, with_wall
 from common.results import write_json
 from common.stopwatch import Stages, process_start
 from common.tables import markdown_table, number
-from hypothesis import given
-from hypothesis import strategies as st
 
 seconds = st.floats(0.001, 1000.0)
 requests = st.lists(st.builds(Request, seconds, seconds, st.integers(1, 1000)), min_size=1)

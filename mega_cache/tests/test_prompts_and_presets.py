@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from common import presets
 from common.checkpoints import resolve_checkpoint
 from common.console import Console

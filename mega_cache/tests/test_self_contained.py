@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from common import twins
 from helpers import FOLDER
+
+from common import twins
 
 TWIN = FOLDER.parent / "torch_export" / "common"
 

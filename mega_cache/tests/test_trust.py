@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from common.cli import parse_flags, to_argv
 from common.errors import ArtifactUntrustedError, EnvironmentProblemError, UsageError
 from common.manifest import SCHEMA, Manifest, dump_manifest, parse_manifest

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common.devices import synchronize
-from common.measures import Request
 
 from aotinductor.bounds import Bounds
+from common.devices import synchronize
+from common.measures import Request
 
 # (1, padded) ids and mask -> (1, padded, vocab) logits
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

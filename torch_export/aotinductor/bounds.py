@@ -7,9 +7,8 @@ kernel, or in no error at all. So everything is checked here, before the call.
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from common.errors import ArtifactDamagedError, UsageError
-
 from aotinductor.flags import ExpectedShapeFlags, ShapeFlags
+from common.errors import ArtifactDamagedError, UsageError
 
 _REBUILD = "rebuild with ./build.sh"
 
@@ -107,6 +106,26 @@ def check_request(bounds: Bounds, prompt_tokens: int, max_new_tokens: int) -> No
             f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones are more than the "
             f"{bounds.max_seq_len} tokens that the graph takes: shorten them, or {_REBUILD} "
             f"--max-seq-len {-(-total // multiple) * multiple}"
+        )
+
+
+def check_kv_request(
+    bounds: Bounds, slots: int, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool
+) -> None:
+    """Raise UsageError if prefill or the KV cache cannot take this request."""
+    needed = prompt_tokens + max_new_tokens - 1  # the last new token is never stored
+    if not bounds.min_seq_len <= prompt_tokens <= bounds.max_seq_len:
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens, prefill takes {bounds.min_seq_len} to "
+            f"{bounds.max_seq_len}: change the prompt, or {_REBUILD} --kv-cache with other "
+            "--min-seq-len and --max-seq-len"
+        )
+    needed = max(needed, bounds.padded(prompt_tokens, bucket_pad))
+    if needed > slots:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones need {needed} slots of the "
+            f"KV cache, which has {slots}: shorten them, or {_REBUILD} --kv-cache "
+            f"--max-cache-len {needed}"
         )
 
 

@@ -4,30 +4,14 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from common.devices import synchronize
-from common.measures import Request
 
 from aotinductor.base_generation import Prompt
+from common.devices import synchronize
+from common.measures import Request
+from common.stopwatch import FirstTokenClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class FirstTokenClock:
-    """A `generate` streamer that notes when the first new token reached the host."""
-
-    def __init__(self):
-        self.first_token_at: float | None = None
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        # generate hands over the prompt first, then each new token, copied to the host
-        if self._prompt_seen and self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def serve(model: "PreTrainedModel", prompt: Prompt) -> tuple[Request, list[int]]:

@@ -8,35 +8,25 @@ import hashlib
 import json
 from pathlib import Path
 
-_MAX_HEADER_BYTES = 100 * 2**20  # as the safetensors format allows
 _SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
 
 
 def weights_fingerprint(folder: Path) -> str | None:
     """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
 
-    Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes.
+    It is the same however the tensors are cut into files.
     """
-    digests = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        digests |= _tensor_digests(path)
-    if not digests:
+    from common.weights import list_checkpoint
+
+    try:
+        tensors = list_checkpoint(folder)
+    except FileNotFoundError:  # configuration and tokenizer only
         return None
-    text = json.dumps(digests, sort_keys=True)  # the same however the tensors are cut into files
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tensor_digests(path: Path) -> dict[str, str]:
     digests = {}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
-            digest.update(file.read(min(_SAMPLE_BYTES, end - begin)))
-            digests[name] = digest.hexdigest()
-    return digests
+    for name, stored in tensors.items():
+        with open(stored.path, "rb") as file:
+            file.seek(stored.begin)
+            sample = file.read(min(_SAMPLE_BYTES, stored.end - stored.begin))
+        digests[name] = hashlib.sha256(f"{stored.dtype} {stored.shape}".encode() + sample)
+    text = json.dumps({name: digests[name].hexdigest() for name in sorted(digests)})
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -68,6 +68,37 @@ class ShapeFlags:
 
 
 @dataclass(frozen=True)
+class GraphFlags:
+    """graphs and weights"""
+
+    kv_cache: bool = flag(
+        False,
+        "build a prefill and a decode graph over one static KV cache instead of the base graph, "
+        "which recomputes the whole sequence for every token",
+    )
+    max_cache_len: int | None = flag(
+        None, "slots (tokens) of the KV cache; without: --max-seq-len", parse=positive_int
+    )
+    embed_weights: bool | None = flag(
+        None,
+        "put the weights into the package; without them it holds code only and is bound to the "
+        "checkpoint's own at load (without either: yes for the base graph, no with --kv-cache)",
+    )
+
+    def __post_init__(self):
+        if self.max_cache_len and not self.kv_cache:
+            raise ValueError("--max-cache-len is the length of the KV cache: add --kv-cache")
+
+    @property
+    def weights_embedded(self) -> bool:
+        return not self.kv_cache if self.embed_weights is None else self.embed_weights
+
+    def slots(self, shape: ShapeFlags) -> int | None:
+        """Return the KV cache's slots, or None for the base graph."""
+        return (self.max_cache_len or shape.max_seq_len) if self.kv_cache else None
+
+
+@dataclass(frozen=True)
 class CompileFlags:
     """compilation"""
 
@@ -110,6 +141,10 @@ class LoadFlags:
     )
     max_autotune: bool | None = flag(
         None, "of --no-load-artifacts; without either: as the package at hand was built, else on"
+    )
+    cuda_graph: bool | None = flag(
+        None,
+        "replay a KV-cache package's decode as one CUDA graph; without either: on for CUDA",
     )
     bucket_pad: bool = flag(
         False,

@@ -8,14 +8,14 @@ LAG.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
-from common.devices import synchronize
-from common.measures import Request
 
 from aotinductor.base_generation import Prompt
 from aotinductor.kv_cache import CacheShape
+from aotinductor.package_loader import Model
+from common.devices import synchronize
+from common.measures import Request
 
 # How far the host may run ahead of the tokens it has seen: enough to hide a launch, few to throw
 # away.
@@ -25,20 +25,11 @@ LAG = 2
 WARM_UP_RUNS = 2
 
 
-class Model(Protocol):
-    """A graph that takes the list of its inputs, as a loaded package's model does."""
-
-    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
-
-
 class Generator:
     """Owns the cache and the step state of one sequence at a time, on one device."""
 
-    def __init__(
-        self, prefill: Model, decode: Model, cache: CacheShape, rope: torch.Tensor, multiple: int
-    ):
+    def __init__(self, prefill: Model, decode: Model, cache: CacheShape, rope: torch.Tensor):
         self.prefill_model, self.decode_model = prefill, decode
-        self.slots, self.multiple = cache.slots, multiple
         self.rope = rope
         self.device = device = rope.device
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -70,9 +61,8 @@ class Generator:
         state = [self.token, self.position, self.bias, self.rope, self.k_cache, self.v_cache]
         (self.logits,) = self.decode_model.run(state)
 
-    def prefill(self, prompt: Sequence[int]) -> None:
+    def prefill(self, prompt: Sequence[int], padded: int) -> None:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`."""
-        padded = -(-len(prompt) // self.multiple) * self.multiple
         ids = torch.zeros(1, padded, dtype=torch.int64)
         ids[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.position.fill_(len(prompt))
@@ -98,6 +88,7 @@ class Generator:
     def generate(
         self,
         prompt: Sequence[int],
+        padded: int,
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[int], None] | None = None,
@@ -114,7 +105,7 @@ class Generator:
         tokens: list[int] = []
         for step in range(max_new_tokens + lag):
             if step < max_new_tokens:
-                self.prefill(prompt) if step == 0 else self.decode()
+                self.prefill(prompt, padded) if step == 0 else self.decode()
                 events.append(self.send_token(arrived, step))
             # The first token is waited for at once: time to first token is what a user sees.
             while len(tokens) < len(events) and (len(tokens) == 0 or len(tokens) <= step - lag):
@@ -142,6 +133,7 @@ def receive_token(arrived: torch.Tensor, event, step: int) -> int:
     return int(arrived[step])
 
 
+@torch.no_grad()
 def serve(generator: Generator, prompt: Prompt) -> tuple[Request, list[int]]:
     """Generate once; return the timing and the new token ids, a stop token included."""
     first: list[float] = []
@@ -152,6 +144,8 @@ def serve(generator: Generator, prompt: Prompt) -> tuple[Request, list[int]]:
 
     synchronize(generator.device)
     began = time.monotonic()
-    new_ids = generator.generate(prompt.token_ids, prompt.max_new_tokens, prompt.stop_ids, note)
+    ids = prompt.token_ids
+    padded = prompt.padded(len(ids))
+    new_ids = generator.generate(ids, padded, prompt.max_new_tokens, prompt.stop_ids, note)
     synchronize(generator.device)
     return Request(time.monotonic() - began, first[0] - began, len(new_ids)), new_ids

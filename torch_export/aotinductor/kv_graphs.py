@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import UsageError
-
 from aotinductor.bounds import Bounds
 from aotinductor.kv_cache import CacheShape
+from common.errors import UsageError
 
 # Frequencies of these depend on the length of the running sequence, which a graph cannot hold.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -200,9 +199,7 @@ def export_prefill(
         return torch.export.export(PrefillGraph(causal_lm), (ids, *state), dynamic_shapes=shapes)
 
 
-def export_decode(
-    causal_lm, cache: CacheShape, splits: int = 1
-) -> torch.export.ExportedProgram:
+def export_decode(causal_lm, cache: CacheShape, splits: int = 1) -> torch.export.ExportedProgram:
     """Export decode, all shapes static. `splits` must divide cache.slots; see `split_attention`."""
     if cache.slots % splits:
         raise ValueError(f"{splits} splits do not divide the {cache.slots} slots of the cache")

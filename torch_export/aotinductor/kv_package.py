@@ -10,9 +10,13 @@ from aotinductor import compile_package, kv_graphs
 from aotinductor.bounds import Bounds
 from aotinductor.kv_cache import CacheShape
 from aotinductor.kv_generation import Generator
-from aotinductor.kv_loading import make_generator
-from aotinductor.package_loader import bind_constants, open_model
-from aotinductor.verification import check_differences, describe_difference, lengths_to_check
+from aotinductor.kv_loading import GRAPHS, make_generator
+from aotinductor.verification import (
+    check_differences,
+    describe_difference,
+    lengths_to_check,
+    open_fresh_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,18 +55,16 @@ def compile_kv_package(
 
 
 def verify_kv_package(
-    path: Path, details: dict, model: "PreTrainedModel", bounds: Bounds, embed_weights: bool
+    generator: Generator, model: "PreTrainedModel", bounds: Bounds, slots: int
 ) -> list[dict]:
     """Compare prefill's logits, and one decode step's, with eager's; raise beyond the tolerance."""
-    generator = open_for_verification(path, details, model, bounds, embed_weights)
-    slots = details["cache"]["slots"]
     checks = []
     # a longer request first: what it leaves in the cache must not reach the shorter ones
     for length in reversed(lengths_to_check(bounds)):
         ids = torch.randint(
             model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)
         ).to(model.device)
-        generator.prefill(ids.tolist())
+        generator.prefill(ids.tolist(), bounds.padded(length))
         checks.append(_compare("prefill", generator, model, ids, bounds))
         if length < slots:
             ids = torch.cat((ids, generator.token[0]))
@@ -72,24 +74,12 @@ def verify_kv_package(
     return checks
 
 
-def open_for_verification(
-    path: Path, details: dict, model: "PreTrainedModel", bounds: Bounds, embed_weights: bool
+def open_fresh_package(
+    path: Path, details: dict, model: "PreTrainedModel", embed_weights: bool
 ) -> Generator:
-    """Return a generator over the fresh package, bound to the weights of the model in memory."""
-    index = -1 if model.device.type == "cpu" else model.device.index or 0
-    models = [open_model(path, name, index) for name in ("prefill", "decode")]
-    if not embed_weights:
-        tensors = model_constants(model, details["constants"])
-        for loaded in models:
-            bind_constants(loaded, tensors)
-    return make_generator(*models, details, bounds, model.dtype, model.device)
-
-
-def model_constants(model: "PreTrainedModel", constants: list[dict]) -> dict[str, torch.Tensor]:
-    """Return the tensors that the graphs expect, by their names, out of a model in memory."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    return {row["name"]: named[row["name"]].detach() for row in constants}
+    """Return a generator over a package just built, on the weights of the model in memory."""
+    graphs = [open_fresh_model(path, name, details, model, embed_weights) for name in GRAPHS]
+    return make_generator(*graphs, details, model.dtype, model.device)
 
 
 def _compare(

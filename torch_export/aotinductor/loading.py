@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aotinductor import package_loader
+from aotinductor.flags import APPROACH
+from aotinductor.recipe import Plan, Target, find_differences
 from common.artifacts import ArtifactPair, open_verified
 from common.console import Console
 from common.errors import (
@@ -14,12 +17,15 @@ from common.errors import (
 from common.manifest import Manifest, describe
 from common.trust import TrustFlags
 
-from aotinductor.bounds import Bounds, parse_bounds
-from aotinductor.flags import APPROACH
-from aotinductor.recipe import Target, find_differences
-
 if TYPE_CHECKING:
     import torch
+
+    from aotinductor.base_generation import Prompt, Step
+    from aotinductor.kv_generation import Generator
+    from common.measures import Request
+    from common.stopwatch import Stages
+
+    Serve = Callable[[Prompt], tuple[Request, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,23 @@ class Loaded:
 
     manifest: Manifest
     verify_seconds: float
-    step: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
+    engine: "Step | Generator"
+    weights_of: str
 
     def as_json(self) -> dict:
         return {
             "sha256": self.manifest.file["sha256"],
             "bytes": self.manifest.file["bytes"],
             "verify_seconds": self.verify_seconds,
+            "kv_cache": self.manifest.recipe["kv_cache"],
+            "weights_of": self.weights_of,
         }
 
 
 def load_package(
-    pair: ArtifactPair, target: Target, bounds: Bounds, trust: TrustFlags, console: Console
-) -> Loaded:
+    pair: ArtifactPair, target: Target, plan: Plan, trust: TrustFlags, cuda_graph: bool,
+    stages: "Stages", console: Console,
+) -> Loaded:  # fmt: skip
     """Check the package against this run, then load it; any doubt is an error of its own kind."""
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
@@ -49,31 +59,50 @@ def load_package(
                 f"{pair.path} was built for something else: {describe(found)}; "
                 "rebuild it with ./build.sh and the same flags, or run with the build's"
             )
-        if parse_bounds(manifest.recipe) != bounds:
+        if manifest.recipe != plan.built:
             raise ArtifactMismatchError(f"{pair.path} was replaced since this start: try again")
+        stages.close("verification")
         try:
             # unpacked and opened here: afterwards the file is not needed any more
-            step = open_model(verified.path_for_loader, target.device)
+            engine = _open(verified.path_for_loader, manifest, target, cuda_graph, stages)
         except RuntimeError as error:
             raise _describe_failure(pair, error) from error
-    return Loaded(manifest, verified.verify_seconds, step)
+    model = target.checkpoint if not manifest.recipe["embed_weights"] else None
+    weights_of = model.model_id if model else f"{manifest.model['id']} (in the package)"
+    console.say(f"on the weights of {weights_of}")
+    return Loaded(manifest, verified.verify_seconds, engine, weights_of)
 
 
-def open_model(
-    path: str, device: "torch.device"
-) -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]":
-    """Return the function of the package at `path`: ids and mask -> logits."""
-    import torch
+def _open(
+    path: str, manifest: Manifest, target: Target, cuda_graph: bool, stages: "Stages"
+) -> "Step | Generator":
+    """Return what the package at `path` holds, on its weights."""
+    if manifest.recipe["kv_cache"]:
+        from aotinductor.kv_loading import open_generator
 
-    # Private: what `torch._inductor.aoti_load_package` calls, without the import of the compiler.
-    # The same five arguments on 2.9 to 2.13: path, model, single threaded, runners, device index.
-    index = -1 if device.type == "cpu" else device.index or 0
-    loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, index)
+        return open_generator(path, manifest, target, cuda_graph, stages)
+    model = package_loader.open_model(path, "model", package_loader.device_index(target.device))
+    stages.close("package")
+    if not manifest.recipe["embed_weights"]:
+        from aotinductor.binding import load_constants
 
-    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return loader.run([input_ids, attention_mask])[0]
+        package_loader.bind_constants(model, load_constants(manifest, target))
+        stages.close("weights")
+    return base_step(model)
 
-    return run
+
+def server_of(engine: "Step | Generator", device: "torch.device") -> "Serve":
+    """Return the function that serves a request from a base step or from a generator."""
+    from aotinductor import base_generation, kv_generation
+
+    if isinstance(engine, kv_generation.Generator):
+        return lambda prompt: kv_generation.serve(engine, prompt)
+    return lambda prompt: base_generation.serve(engine, prompt, device)
+
+
+def base_step(model: package_loader.Model) -> "Step":
+    """Return a base package's model as a function: ids and mask -> logits."""
+    return lambda input_ids, attention_mask: model.run([input_ids, attention_mask])[0]
 
 
 def _describe_failure(pair: ArtifactPair, error: RuntimeError) -> Exception:

@@ -7,8 +7,20 @@ folder under /tmp (or TMPDIR from 2.10 on), removed when the loader is.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
+
+
+class Model(Protocol):
+    """A graph that takes the list of its inputs and returns the list of its outputs."""
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+def device_index(device: torch.device) -> int:
+    """Return the index that the loader wants: -1 stands for the CPU."""
+    return -1 if device.type == "cpu" else device.index or 0
 
 
 def open_model(path: str | Path, name: str, device_index: int = -1):

@@ -4,6 +4,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aotinductor.bounds import (
+    Bounds,
+    check_kv_request,
+    check_request,
+    override,
+    parse_bounds,
+)
+from aotinductor.fingerprint import weights_fingerprint
+from aotinductor.flags import ExpectedShapeFlags, GraphFlags, PackageFileFlags
 from common.artifacts import ArtifactPair
 from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.console import Console
@@ -12,10 +21,7 @@ from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.flags import SharedFlags
 from common.manifest import Difference, Manifest, describe, differences, parse_manifest
 from common.versions import package_version
-
-from aotinductor.bounds import Bounds, override, parse_bounds
-from aotinductor.fingerprint import weights_fingerprint
-from aotinductor.flags import ExpectedShapeFlags, PackageFileFlags
+from common.weights import list_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 # its code calls into torch's libraries, and its kernels are machine code for one architecture
 _ENVIRONMENT_FIELDS = ("torch", "cuda", "compute_capability")
 _MODEL_FIELDS = ("config_digest", "dtype")
-_RECIPE_FIELDS = ("kv_cache", "weights_fingerprint", "batch_size", "device", "cpu_capability")
+_RECIPE_FIELDS = ("weights_fingerprint", "batch_size", "device", "cpu_capability")
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,50 @@ def choose_target(flags: SharedFlags, presets_folder: Path, console: Console) ->
     return Target(checkpoint, device, choose_dtype(flags.dtype, device))
 
 
-def recipe(target: Target, bounds: Bounds, example_seq_len: int, max_autotune: bool) -> dict:
+@dataclass(frozen=True)
+class Plan:
+    """How this run serves a request: within which lengths, and as which package was built.
+
+    `built` is the recipe of the package at hand, {} when there is none.
+    """
+
+    bounds: Bounds
+    built: dict[str, Any]
+
+    @property
+    def slots(self) -> int | None:
+        """Return the KV cache's slots, or None for the base graph."""
+        return self.built.get("max_cache_len") if self.built.get("kv_cache") else None
+
+    def check_request(self, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool) -> None:
+        """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
+        if self.slots is None:
+            check_request(self.bounds, prompt_tokens, max_new_tokens)
+        else:
+            check_kv_request(self.bounds, self.slots, prompt_tokens, max_new_tokens, bucket_pad)
+
+
+def recipe(
+    target: Target, bounds: Bounds, example_seq_len: int, graph: GraphFlags, slots: int | None,
+    max_autotune: bool,
+) -> dict:  # fmt: skip
     """Return every setting that shapes the package."""
     return {
         **_fixed_recipe(target),
         **bounds.as_json(),
         "example_seq_len": example_seq_len,
+        "kv_cache": graph.kv_cache,
+        "max_cache_len": slots,
         "max_autotune": max_autotune,
-        "embed_weights": True,
+        "embed_weights": graph.weights_embedded,
+        "cast_weights": _converts_weights(target),
     }
+
+
+def _converts_weights(target: Target) -> bool:
+    """Return whether the checkpoint's own dtype is another than the one asked for."""
+    stored = list_checkpoint(target.checkpoint.folder).values()
+    return any(one.dtype != target.dtype for one in stored if one.dtype.is_floating_point)
 
 
 def _fixed_recipe(target: Target) -> dict[str, Any]:
@@ -61,7 +102,6 @@ def _fixed_recipe(target: Target) -> dict[str, Any]:
     import torch
 
     return {
-        "kv_cache": False,
         "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
         "batch_size": 1,
         "device": target.device.type,
@@ -76,7 +116,9 @@ def find_differences(manifest: Manifest, target: Target) -> list[Difference]:
     """Return every field in which this run is not what the package was built for."""
     found_recipe = _fixed_recipe(target)
     fields = list(_RECIPE_FIELDS)
-    if found_recipe["weights_fingerprint"] is None:  # the folder holds configuration only
+    # a package of code only is bound to whatever weights of its architecture are there; and a
+    # folder may hold the configuration only
+    if not manifest.recipe.get("embed_weights") or found_recipe["weights_fingerprint"] is None:
         fields.remove("weights_fingerprint")
     return (
         differences(manifest.environment, _environment(target.device), _ENVIRONMENT_FIELDS)
@@ -99,10 +141,8 @@ def _environment(device: "torch.device") -> dict[str, Any]:
     }
 
 
-def find_bounds(
-    files: PackageFileFlags, expected: ExpectedShapeFlags, loading: bool
-) -> tuple[Bounds, dict[str, Any]]:
-    """Return the sequence lengths of this run, and the recipe of the package at hand, maybe {}.
+def find_plan(files: PackageFileFlags, expected: ExpectedShapeFlags, loading: bool) -> Plan:
+    """Return the sequence lengths of this run, and the recipe of the package at hand.
 
     Lengths only choose the padding, so unlike the package itself they need no trust. Flags that
     disagree with the metadata are an error, or, for a graph compiled at runtime, win.
@@ -115,7 +155,7 @@ def find_bounds(
             f"{files.package_path} was built for something else: {describe(found)}; "
             "rebuild it with ./build.sh and the same flags, or run with the build's"
         )
-    return (override(expected) if found or not built else parse_bounds(built)), built
+    return Plan(override(expected) if found or not built else parse_bounds(built), built)
 
 
 def _read_recipe(pair: ArtifactPair) -> dict[str, Any]:

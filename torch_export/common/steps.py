@@ -27,14 +27,16 @@ class Ended:
     error: str | None
 
 
-def run_bounded(command: Sequence[str], timeout_seconds: float, **environment: str) -> Ended:
-    """Run a command, stdout and stderr shown on our stderr; end it when its time is up."""
+def run_bounded(
+    command: Sequence[str], timeout_seconds: float, show: bool = True, **environment: str
+) -> Ended:
+    """Run a command and end it when its time is up; with `show` its stdout is on our stderr."""
     began = time.monotonic()
     process = subprocess.Popen(
         [str(word) for word in command],
         env=os.environ | {"PYTHON": sys.executable} | environment,
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
+        stdout=sys.stderr if show else subprocess.DEVNULL,
         start_new_session=True,
     )
     try:

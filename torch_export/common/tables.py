@@ -100,7 +100,7 @@ def sweep_table(entries: list[dict]) -> str:
         row = [str(length)]
         for key in ("ttft_seconds", "seconds_per_token"):
             values = [found.get((mode, length), {}).get(key) for mode in modes]
-            row += [number(None if value is None else value * 1e3) for value in values]
+            row += [number(None if value is None else value * 1e3, 2) for value in values]
         rows.append(row)
     header = ["prompt tokens", *(f"{mode} TTFT (ms)" for mode in modes)]
     return markdown_table([*header, *(f"{mode} per token (ms)" for mode in modes)], rows)

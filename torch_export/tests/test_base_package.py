@@ -6,62 +6,13 @@ import sys
 
 import pytest
 import torch
-from aotinductor import base_generation, eager_generation
-from aotinductor.base_generation import Prompt
-from aotinductor.bounds import parse_bounds
-from aotinductor.loading import load_package
-from aotinductor.recipe import Target
-from common.artifacts import ArtifactPair
-from common.checkpoints import resolve_checkpoint
-from common.console import Console
-from common.manifest import parse_manifest
-from common.models import load_model
-from common.presets import CONFIGS, materialize
-from common.prompts import load_codec
-from common.trust import TrustFlags
 from helpers import run_script, succeeded
+from pairing import NEW_TOKENS, OTHER, QUIET, Pairing
 
-QUIET = Console(quiet=True)
-CPU = torch.device("cpu")
-NEW_TOKENS = 16
+from common.presets import materialize
+
 LENGTHS = (1, 2, 7, 8, 9, 127, 128, 129, 1000, 2048 - NEW_TOKENS)
 BUILD = "build_llama_aotinductor.py"
-# nothing in common with the tiny preset but the family
-OTHER = CONFIGS["random:tiny"] | {
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 300,
-    "tie_word_embeddings": False,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-}
-
-
-class Pairing:
-    """A loaded package beside the eager model of its checkpoint."""
-
-    def __init__(self, package, model_id, presets_folder):
-        pair = ArtifactPair(package, package.with_name(package.stem + "_meta.json"))
-        self.manifest = parse_manifest(pair.metadata_path.read_bytes())
-        self.bounds = parse_bounds(self.manifest.recipe)
-        checkpoint = resolve_checkpoint(str(model_id), presets_folder, QUIET)
-        target = Target(checkpoint, CPU, torch.float32)
-        self.step = load_package(pair, target, self.bounds, TrustFlags(), QUIET).step
-        self.model = load_model(checkpoint, CPU, torch.float32)
-        self.codec = load_codec(checkpoint.folder)
-
-    def prompt(self, length, stop_ids=(), bucket_pad=False):
-        ids = self.codec.synthetic_prompt(length, seed=0)
-        return Prompt(ids, NEW_TOKENS, stop_ids, 0, self.bounds, bucket_pad)
-
-    def packaged(self, prompt):
-        return base_generation.serve(self.step, prompt, CPU)[1]
-
-    def eager(self, prompt):
-        return eager_generation.serve(self.model, prompt)[1]
 
 
 @pytest.fixture(scope="module")

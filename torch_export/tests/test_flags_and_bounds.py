@@ -8,21 +8,28 @@ from dataclasses import fields
 import build_llama_aotinductor
 import pytest
 import run_llama_aotinductor
+from helpers import FOLDER, run_command
+from hypothesis import given
+from hypothesis import strategies as st
+
 from aotinductor.bounds import Bounds, check_request, make_bounds, override, parse_bounds
 from aotinductor.flags import ExpectedShapeFlags, PackageFileFlags, ShapeFlags
 from common.cli import parse_flags, to_argv
 from common.errors import ArtifactDamagedError, UsageError
-from common.flags import BenchmarkFlags, CompareFlags, OutcomeFlags
-from helpers import FOLDER, run_command
-from hypothesis import given
-from hypothesis import strategies as st
+from common.flags import BenchmarkFlags, CompareFlags, OutcomeFlags, PlotFlags, SweepFlags
 
 RUN_GROUPS = (run_llama_aotinductor.RunSettings, CompareFlags, OutcomeFlags)
 GROUPS = {
     "build.sh": (build_llama_aotinductor.Settings,),
     "run.sh": RUN_GROUPS,
     "compare.sh": RUN_GROUPS,
-    "benchmark.sh": (run_llama_aotinductor.RunSettings, BenchmarkFlags, OutcomeFlags),
+    "benchmark.sh": (
+        run_llama_aotinductor.RunSettings,
+        BenchmarkFlags,
+        SweepFlags,
+        PlotFlags,
+        OutcomeFlags,
+    ),
 }
 SCRIPTS = {
     "build_llama_aotinductor.py": "build.sh",
