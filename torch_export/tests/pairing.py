@@ -7,7 +7,7 @@ import torch
 from aotinductor import eager_generation
 from aotinductor.base_generation import Prompt
 from aotinductor.bounds import parse_bounds
-from aotinductor.loading import load_package
+from aotinductor.loading import load_package, server_of
 from aotinductor.recipe import Plan, Target
 from common.artifacts import ArtifactPair
 from common.checkpoints import resolve_checkpoint
@@ -47,14 +47,19 @@ class Pairing:
         target = Target(checkpoint, CPU, torch.float32)
         stages = Stages(process_start())
         loaded = load_package(pair, target, self.plan, TrustFlags(), False, stages, QUIET)
-        self.packaged = lambda prompt: loaded.serve(prompt)[1]
-        self.request = lambda prompt: loaded.serve(prompt)[0]
+        self._serve = server_of(loaded.engine, CPU)
         self.model = load_model(checkpoint, CPU, torch.float32)
         self.codec = load_codec(checkpoint.folder)
 
     def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
         ids = self.codec.synthetic_prompt(length, seed=0)
         return Prompt(ids, new_tokens, stop_ids, 0, self.plan.bounds, bucket_pad)
+
+    def packaged(self, prompt):
+        return self._serve(prompt)[1]
+
+    def request(self, prompt):
+        return self._serve(prompt)[0]
 
     def eager(self, prompt):
         return eager_generation.serve(self.model, prompt)[1]
