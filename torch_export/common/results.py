@@ -55,7 +55,7 @@ def write_json(document: dict, path: Path | None) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    text = _without_machine_paths(json.dumps(document, indent=2, allow_nan=False)) + "\n"
     if not path.exists() or path.is_file():
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -65,6 +65,20 @@ def write_json(document: dict, path: Path | None) -> None:
         os.replace(file.name, path)
     else:  # a pipe or /dev/stdout cannot be replaced
         path.write_text(text)
+
+
+def _without_machine_paths(text: str) -> str:
+    """Name places as another machine can read them: a result file is made to be handed on."""
+    folder = Path(__file__).resolve().parents[1]
+    places = {
+        f"{folder}/": "./",
+        sys.executable: "python",
+        tempfile.gettempdir(): "$TMPDIR",
+        os.path.expanduser("~") + "/": "~/",
+    }
+    for place in sorted(places, key=len, reverse=True):  # a folder may lie in another one
+        text = text.replace(place, places[place])
+    return text
 
 
 def _as_json(value: Any) -> Any:
