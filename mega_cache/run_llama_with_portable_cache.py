@@ -76,6 +76,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     import transformers  # noqa: F401
 
     from common.compile_evidence import watch_compilation
+    from common.devices import device_memory
     from common.prompts import load_codec
     from portable_cache import generation
     from portable_cache.loading import use_decode_step
@@ -108,6 +109,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         **describe_run(settings, prompt, codec, outputs),
         **describe_compilation(loaded, watch, precompiled),
         **describe_timing(requests, setup_seconds, stages),
+        "device_memory": device_memory(target.device),
     }
 
 

@@ -74,6 +74,7 @@ def run(settings: RunSettings, console: Console) -> dict:
 
     from aotinductor.loading import load_package, server_of
     from aotinductor.recipe import choose_target, find_plan
+    from common.devices import device_memory
     from common.prompts import load_codec
 
     stages.close("interpreter and imports")
@@ -108,6 +109,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         **describe_run(settings, prompt, codec, outputs),
         **describe_compilation(loaded, watch),
         **describe_timing(requests, setup_seconds, stages),
+        "device_memory": device_memory(target.device),
     }
 
 

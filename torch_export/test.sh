@@ -8,4 +8,7 @@ if [[ -f $here/../.ruff.toml ]] && "$PYTHON" -m ruff --version >/dev/null 2>&1; 
   "$PYTHON" -m ruff check "$here"
   "$PYTHON" -m ruff format --check "$here"
 fi
-exec "$PYTHON" -m pytest -q "$here/tests" "$@"
+# two workers, a test file to each: most of the time goes to compilers that use one core. More OpenMP
+# threads than cores would spin at each other's barriers, so each process gets one.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "$here/tests" "$@"

@@ -1,7 +1,7 @@
 """What a script tells its user: results on stdout, everything else on stderr."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 
@@ -21,9 +21,11 @@ class Console:
     def result(self, text: str) -> None:
         print(text, flush=True)
 
-    def bar(self, items: Iterable[Any], label: str, unit: str):
-        """Return `items` behind a tqdm progress bar on stderr."""
+    def bar(self, items: Collection[Any], label: str, unit: str):
+        """Return `items` behind a tqdm progress bar on stderr; a single item needs none."""
         # imported here: a lean start that shows no bar does not pay for tqdm
         from tqdm import tqdm
 
-        return tqdm(items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet)
+        return tqdm(
+            items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet or len(items) < 2
+        )

@@ -43,6 +43,18 @@ def synchronize(device: "torch.device") -> None:
         torch.cuda.synchronize(device)
 
 
+def device_memory(device: "torch.device") -> dict[str, int] | None:
+    """Return the most bytes that this process's tensors held on the GPU at once; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
 def quiet_compiler_logs(device: "torch.device") -> None:
     """Keep Inductor's notes about missing CUDA graphs off stderr where there is no CUDA.
 

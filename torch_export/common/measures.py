@@ -40,6 +40,7 @@ COUNTERS = (
     "aot_autograd_cache_miss",
     "recompiles",
     "cudagraph_skips",
+    "cudagraph_replays",
     "kernels_compiled",
 )
 
