@@ -1,5 +1,6 @@
 """Result files: what a run, a compare and a benchmark write with `--json`."""
 
+import functools
 import json
 import os
 import platform
@@ -20,8 +21,12 @@ def environment() -> dict[str, Any]:
 
     Imports nothing new: a process that has no torch yet gets the GPU's fields as None.
     """
+    return _gpu() | _stack()
+
+
+@functools.cache  # asks git, and reads metadata of packages: once a process
+def _stack() -> dict[str, Any]:
     return {
-        **_gpu(),
         "torch": package_version("torch"),
         "triton": package_version("triton"),
         "transformers": package_version("transformers"),
@@ -101,8 +106,13 @@ def _gpu() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _first_line_of(query)
+    # the kernel module says it at once; nvidia-smi takes a good part of a second, inside a start
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+        return next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, IndexError, StopIteration):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return _first_line_of(query)
 
 
 def _commit() -> str | None:
