@@ -31,7 +31,8 @@ def _stack() -> dict[str, Any]:
         "triton": package_version("triton"),
         "transformers": package_version("transformers"),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        # not platform.platform(): the name of a kernel build tells of the machine's owner
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "cpu": _cpu_name(),
         "commit": _commit(),
     }
