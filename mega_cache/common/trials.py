@@ -3,6 +3,7 @@
 Cold means: new process, empty compiler caches. The page cache is warm after the first trial.
 """
 
+import getpass
 import json
 import os
 import signal
@@ -40,21 +41,30 @@ class Outcome:
 def private_compiler_caches() -> Iterator[None]:
     """Give this process empty compiler caches that nobody else can write to, removed at its end.
 
-    Inductor's default is a guessable folder under /tmp, accepted even if another user made it.
-    A cache that the user names in the environment is kept.
+    Inductor's default is a guessable folder under /tmp, accepted even if another user made it, and
+    its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
+    in the environment is kept.
     """
     with tempfile.TemporaryDirectory(prefix="llama-compile-") as folder:  # mode 0700
-        added = {
-            name: value
-            for name, value in _cache_variables(folder).items()
-            if name not in os.environ
-        }
+        wanted = _cache_variables(folder) | {"TMPDIR": folder} | _user_variable()
+        added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)
+        tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
             for name in added:
                 os.environ.pop(name, None)
+            tempfile.tempdir = None
+
+
+def _user_variable() -> dict[str, str]:
+    """Return a user name for Inductor, which asks for one even where the user id has none."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # Python to 3.12, from 3.13 on
+        return {"USER": f"uid-{os.getuid()}"}
+    return {}
 
 
 def run_trial(script_and_flags: Sequence[str]) -> Outcome:
@@ -62,6 +72,7 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
         environment = os.environ | _cache_variables(folder) | {"TMPDIR": folder}
+        environment |= _user_variable()
         command = [sys.executable, *script_and_flags, "--quiet", f"--json={result}"]
         free_bytes = _available_bytes()
         with log.open("wb") as stderr:

@@ -23,9 +23,11 @@ def presets_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_presets(presets_folder):
+def shared_folders(presets_folder, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("LLAMA_PRESETS", str(presets_folder))
+    # Inductor keeps precompiled C++ headers there: 10 s of g++ for each folder that has none
+    patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
     yield
     patch.undo()
 
