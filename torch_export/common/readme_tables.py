@@ -99,26 +99,34 @@ def newest(results: dict[str, dict], kind: str, on_gpu: bool) -> dict[str, dict]
 
 
 def measurement_text(name: str, document: dict, folder: Path, prefix: str) -> str:
-    """Return one measurement: what was measured where, every table, and the pictures."""
+    """Return one measurement: what was measured where, every table, and the pictures.
+
+    In the repository's README, where `prefix` is the folder, it is cut to what one decides by.
+    """
     parts = [f"**{title(document)}**", stack(document)]
     if document.get("compare"):
-        parts += ["Load against skip, means over fresh processes:", compared_table(document)]
+        trials = document["compare"]["summary"]["total"]["load"]
+        count = f"{trials['n']} fresh processes a side" if trials else "fresh processes"
+        parts += [f"Load against skip, means of {count}:", compared_table(document)]
         if document["environment"].get("gpu"):
             parts.append(f"Beside it: {PUBLISHED['source']}.")
     if document.get("benchmark"):
-        parts += ["The modes, means over fresh processes:", benchmark_table(document["benchmark"])]
+        shown = brief_modes_table if prefix else benchmark_table
+        parts += ["The modes, means over fresh processes:", shown(document["benchmark"])]
         parts.append(agreement(document["benchmark"]))
-    if document.get("sweep"):
+    if document.get("sweep") and not prefix:
         parts += ["How cost grows with the prompt:", sweep_table(document["sweep"])]
-    if document.get("equivalence"):
+    if document.get("equivalence") and not prefix:
         parts += ["The same model, loaded and eager:", equivalence_table(document["equivalence"])]
     for ending, what in (("", "cold start and latency"), ("_sweep", "growth with the prompt")):
         picture = f"results/{Path(name).stem}{ending}.png"
-        if (folder / picture).is_file():
+        if (folder / picture).is_file() and not (prefix and ending):
             parts.append(f"![{what}]({prefix}{picture})")
     source = f"From [`{prefix}results/{name}`]({prefix}results/{name})."
     if document["missing"]:
         source += f" Not measured: {', '.join(document['missing'])}."
+    if prefix:
+        source += f" Every measure and the sweep: [{prefix}README.md]({prefix}README.md)."
     return "\n\n".join([*parts, source])
 
 
@@ -166,6 +174,23 @@ def compared_table(document: dict) -> str:
     if beside:
         header += ["published load", "published skip", "published benefit"]
     return markdown_table(header, rows)
+
+
+def brief_modes_table(benchmark: dict) -> str:
+    """Return a row per mode with the measures that one chooses an approach by."""
+    columns = (
+        ("ttft_cold (s)", "ttft_cold_start_seconds"),
+        ("x floor", "ttft_cold_over_floor"),
+        ("first request (s)", "first_request_seconds"),
+        ("tail mean (s)", "tail_mean_seconds"),
+        ("tail tokens/s", "tail_tokens_per_second"),
+        ("total (s)", "total_script_seconds"),
+    )
+    rows = [
+        [mode, *(number(summary.get(key), 2) for _, key in columns)]
+        for mode, summary in benchmark["summary"].items()
+    ]
+    return markdown_table(["mode", *(label for label, _ in columns)], rows)
 
 
 def agreement(benchmark: dict) -> str:
