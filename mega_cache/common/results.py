@@ -61,7 +61,7 @@ def write_json(document: dict, path: Path | None) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = _without_machine_paths(json.dumps(document, indent=2, allow_nan=False)) + "\n"
+    text = without_machine_paths(json.dumps(document, indent=2, allow_nan=False)) + "\n"
     if not path.exists() or path.is_file():
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -73,7 +73,7 @@ def write_json(document: dict, path: Path | None) -> None:
         path.write_text(text)
 
 
-def _without_machine_paths(text: str) -> str:
+def without_machine_paths(text: str) -> str:
     """Name places as another machine can read them: a result file is made to be handed on."""
     folder = Path(__file__).resolve().parents[1]
     places = {

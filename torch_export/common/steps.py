@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from common.kept_trials import KEPT_VARIABLE
-from common.results import write_json
+from common.results import without_machine_paths, write_json
 
 GRACE_SECONDS = 20.0  # for a step to end its own trials and remove its temporary files
 
@@ -73,7 +73,9 @@ class StateFolder:
         """Return the record of a finished step if it was made by this very command."""
         file = self._record(step)
         record = json.loads(file.read_bytes()) if file.exists() else None
-        return record if record and record["command"] == list(command) else None
+        # as it was written: with this machine's own places named portably
+        portable = [without_machine_paths(word) for word in command]
+        return record if record and record["command"] == portable else None
 
     def read(self, step: str) -> dict | None:
         file = self._record(step)
