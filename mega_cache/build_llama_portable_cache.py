@@ -80,6 +80,7 @@ def build(settings: Settings, console: Console) -> dict:
     from portable_cache.recipe import choose_target, recipe
 
     stages.close("interpreter and imports")
+    bundle.check_caches_are_on()
     target = choose_target(settings.shared, CHECKPOINTS, console)
     bundle.record_kernels()
     watch = watch_compilation()

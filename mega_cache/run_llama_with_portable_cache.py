@@ -219,15 +219,14 @@ def describe_run(
 
 def describe_compilation(loaded: "Loaded | None", watch: "Watch | None", precompiled: bool) -> dict:
     """Return what was loaded, what the compiler did, and per graph whether it hit."""
-    from common.compile_evidence import missed, parse_graphs, read_evidence
+    from common.compile_evidence import missed, read_evidence
 
-    built = parse_graphs(loaded.manifest.details["graphs"]) if loaded else []
     graphs = watch.graphs if watch else []
     return {
         "artifact": loaded.as_json() | {"precompiled": precompiled} if loaded else None,
         "compile": asdict(read_evidence(watch)),
         "graphs": [{"cache": g.cache, "key": g.key, "hit": g.hit} for g in graphs],
-        "misses": missed(graphs, built),
+        "misses": missed(graphs, loaded.graphs if loaded else []),
     }
 
 

@@ -103,6 +103,7 @@ def _download(model_id: str, console: Console) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -122,7 +123,14 @@ def _download(model_id: str, console: Console) -> Checkpoint:
         ) from error
     except RepositoryNotFoundError as error:
         raise UsageError(f"the Hub has no model {model_id!r}: {_line(error)}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    # the Hub's own error has its HTTP client's for a base, and what httpx raises is no OSError
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+        *HfHubHTTPError.__bases__,
+        UnicodeEncodeError,  # a token that no header can carry
+    ) as error:
         raise EnvironmentProblemError(
             f"{model_id} is not in the Hub cache and could not be downloaded: {_line(error)} "
             "Try --model-id random:tiny, which needs no network"
@@ -131,7 +139,14 @@ def _download(model_id: str, console: Console) -> Checkpoint:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Return the error's text on one line, without the user's token, which a bad header shows."""
+    from huggingface_hub import get_token
+
+    text, token = str(error), get_token()
+    if token:
+        for form in (token, repr(token)[1:-1], repr(token.encode())[2:-1]):
+            text = text.replace(form, "<token>")
+    return " ".join(text.split())
 
 
 def _read_json(path: Path) -> dict:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import os
 import platform
 import re
@@ -31,6 +32,8 @@ import torch._dynamo  # noqa: F401  save_cache_artifacts fails without it (pytor
 
 # Private, the documented extension point of the mega-cache; the same names on 2.9 to 2.13.
 from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
+
+from common.errors import EnvironmentProblemError
 
 KIND = "kernel_files"
 DECODE_STEP = "decode_step"
@@ -97,6 +100,21 @@ class LoadedBundle:
     vector_isa: str | None
     decode_step: bytes | None = field(repr=False)
     restored: frozenset[Path] = field(repr=False)  # so that they don't count as compiled
+
+
+def check_caches_are_on() -> None:
+    """Raise EnvironmentProblemError where torch is told to keep and to look up no graphs."""
+    # Private module, the names on 2.9 to 2.13; the variables set them.
+    from torch._inductor import config
+
+    if config.force_disable_caches or not config.fx_graph_cache:
+        variable = "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+        if not config.force_disable_caches:
+            variable = "TORCHINDUCTOR_FX_GRAPH_CACHE=0"
+        raise EnvironmentProblemError(
+            f"torch's compiler caches are off ({variable}), and a portable cache is made of their "
+            "entries: unset that variable"
+        )
 
 
 # ---- where the files live ----------------------------------------------------------------
@@ -203,6 +221,9 @@ class KernelFileArtifact(CacheArtifact):
     def type() -> str:
         return KIND
 
+
+# What is wrong with a blob is said in one line by us, not in a traceback by torch.
+logging.getLogger(CacheArtifact.__module__).setLevel(logging.ERROR)
 
 # The registry lives as long as the process and refuses a second class of one name, while tests
 # import this file from both folders. The private dict is the only way to ask (2.9 to 2.13).
@@ -377,7 +398,7 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     `torch.compiler.load_cache_artifacts` is the same two calls, but writes unchecked names and
     answers a damaged blob with a log line and None, a blob without entries with an empty result.
     """
-    artifacts = CacheArtifactManager.deserialize(blob)
+    artifacts = CacheArtifactManager.deserialize(blob) if is_framed(blob) else None
     if artifacts is None:
         raise DamagedBundle(
             f"{len(blob)} bytes that torch {torch.__version__} can't read as cache artifacts "
@@ -403,9 +424,38 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     )
 
 
+def is_framed(blob: bytes) -> bool:
+    """Say whether the lists of entries in `blob` end where it ends.
+
+    If they do not, torch's reader (2.9 to 2.13) goes on reading nothing beyond the end, for ever.
+    """
+    at = 4 + 8  # checksum, version
+
+    def number() -> int:
+        nonlocal at
+        at += 8
+        return int.from_bytes(blob[at - 8 : at], "big")
+
+    def skip_bytes() -> None:
+        nonlocal at
+        length = number()  # first: it moves `at` too
+        at += length
+
+    while at < len(blob):
+        skip_bytes()  # the kind
+        for _ in range(number()):
+            skip_bytes()  # the key
+            skip_bytes()  # the content
+            if at > len(blob):
+                return False
+    return at == len(blob)
+
+
 def check_entries(artifacts: dict[str, list[CacheArtifact]]) -> KernelIndex | None:
     """Raise unless every entry has a name a build writes and its kernels run here."""
     for kind, entries in artifacts.items():
+        if not entries:
+            raise DamagedBundle(f"the list of {kind!r} entries is empty, which no build writes")
         for entry in entries:
             pattern = TORCH_KEYS.get(kind)
             if pattern is not None and not pattern.fullmatch(entry.key):

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.artifacts import ArtifactPair, open_verified, read_blob
-from common.compile_evidence import watch_compilation
+from common.artifacts import ArtifactPair, open_verified, peek_manifest, read_blob
+from common.compile_evidence import GraphLookup, parse_graphs, watch_compilation
 from common.console import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import Manifest, describe, differences, parse_manifest
+from common.manifest import Manifest, describe, differences
 from common.results import environment
 from common.trust import TrustFlags
 from portable_cache.flags import APPROACH, CompileFlags
@@ -27,6 +27,7 @@ class Loaded:
     verify_seconds: float
     entries: dict[str, int]
     decode_step: bytes | None
+    graphs: list[GraphLookup]  # what the build looked up
 
     def as_json(self) -> dict:
         return {
@@ -49,8 +50,10 @@ def load_artifact(
     """Check the artifact against this run, then load it; any doubt is an error of its own kind."""
     from portable_cache import bundle
 
+    bundle.check_caches_are_on()
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
+        graphs = _graphs_of(pair, manifest)
         found = find_differences(
             manifest,
             environment(),
@@ -76,7 +79,7 @@ def load_artifact(
     watch.restored.update(loaded.restored)
     # keys that are known need no spelling out when they are looked up
     watch_compilation(frozenset(key for keys in loaded.graph_keys.values() for key in keys))
-    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_step)
+    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_step, graphs)
 
 
 def use_decode_step(
@@ -115,9 +118,17 @@ def warmed_lengths(pair: ArtifactPair) -> tuple[int, ...]:
 
     Lengths only choose the padding, so unlike the artifact itself they need no trust.
     """
+    manifest = peek_manifest(pair)
+    lengths = manifest.recipe.get("prefill_lengths") if manifest else None
+    valid = isinstance(lengths, list) and all(type(length) is int for length in lengths)
+    return tuple(lengths) if valid else ()
+
+
+def _graphs_of(pair: ArtifactPair, manifest: Manifest) -> list[GraphLookup]:
     try:
-        recipe_found = parse_manifest(pair.metadata_path.read_bytes()).recipe
-    except (OSError, ArtifactDamagedError):
-        return ()
-    lengths = recipe_found.get("prefill_lengths")
-    return tuple(lengths) if isinstance(lengths, list) else ()
+        return parse_graphs(manifest.details["graphs"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactDamagedError(
+            f"{pair.metadata_path} does not list the graphs of its build ({error}): "
+            "build it again with ./build.sh"
+        ) from error

@@ -70,7 +70,8 @@ def find_differences(
         + differences(manifest.model, model, _MODEL_FIELDS)
         + differences(manifest.recipe, found_recipe, recipe_fields)
     )
-    lengths = manifest.recipe.get("prefill_lengths", [])
-    if not manifest.recipe.get("max_cache_len") and padded_length not in lengths:
+    lengths = manifest.recipe.get("prefill_lengths")
+    warmed = isinstance(lengths, list) and padded_length in lengths
+    if not manifest.recipe.get("max_cache_len") and not warmed:
         found.append(Difference("prefill_lengths", lengths, padded_length))
     return found

@@ -1,5 +1,7 @@
 """Tests import the folder's modules as its scripts do, and share one set of checkpoints."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,15 +12,26 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 sys.path.insert(0, str(FOLDER / "tests"))
 
+BUILD = ("--model-id=random:tiny", "--device=cpu", "--prefill-lengths=16", "--decode-length=4")
+SLOTS = "--max-cache-len=2048"  # as the wrappers say it
+
 # a busy machine is slow, and that is no failure
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
-def presets_folder(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """One folder for what all test processes of this session use."""
+    own = tmp_path_factory.getbasetemp()
+    # a worker's folder lies in the session's
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def presets_folder(shared_folder):
     """One folder for the preset checkpoints of all test processes."""
-    return tmp_path_factory.mktemp("presets")
+    return shared_folder / "presets"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +42,50 @@ def shared_folders(presets_folder, tmp_path_factory):
     patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def copied_folder(shared_folder, shared_folders):
+    """The folder alone, elsewhere, with an artifact of random:tiny at its default place."""
+    from filelock import FileLock
+    from helpers import run_wrapper, succeeded
+
+    folder = shared_folder / "elsewhere" / "mega_cache"
+    with FileLock(shared_folder / "copied_folder.lock"):
+        if not list(folder.glob("artifacts/*_meta.json")):
+            ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
+            shutil.copytree(FOLDER, folder, ignore=ignored, dirs_exist_ok=True)
+            succeeded(run_wrapper("build.sh", *BUILD, folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subject(copied_folder):
+    from faults import Subject
+
+    from common.artifacts import ArtifactPair
+
+    artifact = copied_folder / "artifacts" / "llama3b_torchcompile_cache.bin"
+    short = ("--prompt-length=12", "--max-new-tokens=3", SLOTS)
+    return Subject(
+        build="build_llama_portable_cache.py",
+        run="run_llama_with_portable_cache.py",
+        path_flag="--cache-path",
+        pair=ArtifactPair(artifact, artifact.with_name(artifact.stem + "_meta.json")),
+        flags=("--model-id=random:tiny", "--device=cpu", "--load-artifacts", *short),
+        build_flags=(*BUILD, SLOTS),
+        checked=(
+            "environment.torch",
+            "environment.triton",
+            "environment.transformers",
+            "environment.gpu",
+            "environment.compute_capability",
+            "model.dtype",
+            "model.config_digest",
+            "recipe.device",
+            "recipe.compile_mode",
+        ),
+    )
 
 
 @pytest.fixture(scope="session")

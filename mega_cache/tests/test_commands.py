@@ -1,7 +1,6 @@
 """The commands as a user types them: compare, benchmark, a copied folder, and what goes wrong."""
 
 import json
-import shutil
 
 import pytest
 from helpers import FOLDER, run_command, run_script, run_wrapper, succeeded
@@ -11,17 +10,6 @@ from common.measures import MEASURES
 RUN = "run_llama_with_portable_cache.py"
 TINY = ["--model-id=random:tiny", "--device=cpu"]
 SMALL = [*TINY, "--max-new-tokens=6", "--prompt-length=12"]
-
-
-@pytest.fixture(scope="module")
-def copied_folder(tmp_path_factory):
-    """The folder alone, elsewhere, with an artifact at its default place."""
-    folder = tmp_path_factory.mktemp("elsewhere") / "mega_cache"
-    ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
-    shutil.copytree(FOLDER, folder, ignore=ignored)
-    warm_up = ["--prefill-lengths=16", "--decode-length=4"]
-    succeeded(run_wrapper("build.sh", *TINY, *warm_up, folder=folder))
-    return folder
 
 
 def test_the_folder_works_when_copied_alone(copied_folder):

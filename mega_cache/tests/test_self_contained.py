@@ -7,12 +7,13 @@ from helpers import FOLDER
 
 from common import twins
 
-TWIN = FOLDER.parent / "torch_export" / "common"
+TWIN = FOLDER.parent / "torch_export"
 
 
 @pytest.mark.skipif(not TWIN.is_dir(), reason="this folder was copied alone: it has no twin")
 def test_the_twins_are_equal():
-    differing = twins.find_differences(FOLDER / "common", TWIN)
+    differing = twins.find_differences(FOLDER / "common", TWIN / "common")
+    differing += twins.find_test_differences(FOLDER / "tests", TWIN / "tests")
     assert not differing, "mend it with `python mega_cache/common/twins.py --mend`"
 
 

@@ -64,8 +64,9 @@ def load_package(
         stages.close("verification")
         try:
             # unpacked and opened here: afterwards the file is not needed any more
+            package_loader.check_layout(verified.file, manifest.details["graphs"])
             engine = _open(verified.path_for_loader, manifest, target, cuda_graph, stages)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise _describe_failure(pair, error) from error
     model = target.checkpoint if not manifest.recipe["embed_weights"] else None
     weights_of = model.model_id if model else f"{manifest.model['id']} (in the package)"
@@ -105,8 +106,10 @@ def base_step(model: package_loader.Model) -> "Step":
     return lambda input_ids, attention_mask: model.run([input_ids, attention_mask])[0]
 
 
-def _describe_failure(pair: ArtifactPair, error: RuntimeError) -> Exception:
+def _describe_failure(pair: ArtifactPair, error: Exception) -> Exception:
     text = next((line for line in str(error).splitlines() if line.strip()), "no message")
     if "out of memory" in text:
         return EnvironmentProblemError(f"out of device memory while loading {pair.path}: {text}")
+    if isinstance(error, KeyError | TypeError):
+        text = f"its metadata does not describe it: {text}"
     return ArtifactDamagedError(f"{pair.path} cannot be loaded ({text}): build it with ./build.sh")

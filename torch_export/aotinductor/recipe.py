@@ -12,14 +12,14 @@ from aotinductor.bounds import (
     parse_bounds,
 )
 from aotinductor.fingerprint import weights_fingerprint
-from aotinductor.flags import ExpectedShapeFlags, GraphFlags, PackageFileFlags
-from common.artifacts import ArtifactPair
+from aotinductor.flags import APPROACH, ExpectedShapeFlags, GraphFlags, PackageFileFlags
+from common.artifacts import ArtifactPair, peek_manifest
 from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.console import Console
 from common.devices import choose_device, choose_dtype, quiet_compiler_logs
-from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.errors import ArtifactMismatchError
 from common.flags import SharedFlags
-from common.manifest import Difference, Manifest, describe, differences, parse_manifest
+from common.manifest import Difference, Manifest, describe, differences
 from common.versions import package_version
 from common.weights import list_checkpoint
 
@@ -160,7 +160,5 @@ def find_plan(files: PackageFileFlags, expected: ExpectedShapeFlags, loading: bo
 
 def _read_recipe(pair: ArtifactPair) -> dict[str, Any]:
     """Return the recipe in the metadata at hand, or {} when there is none to be read."""
-    try:
-        return parse_manifest(pair.metadata_path.read_bytes()).recipe
-    except (OSError, ArtifactDamagedError):
-        return {}
+    manifest = peek_manifest(pair)
+    return manifest.recipe if manifest and manifest.approach == APPROACH else {}

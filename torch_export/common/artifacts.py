@@ -175,6 +175,15 @@ def open_verified(
     return VerifiedArtifact(manifest, pair.path, file, _loader_path(pair, file), seconds)
 
 
+def peek_manifest(pair: ArtifactPair) -> Manifest | None:
+    """Return the metadata at hand, or None without a valid one; nothing of it is to be trusted."""
+    try:
+        with _regular_file(pair.metadata_path) as file:
+            return parse_manifest(file.read(MAX_BYTES + 1))
+    except (OSError, ArtifactDamagedError):
+        return None
+
+
 def read_blob(verified: VerifiedArtifact) -> bytes:
     """Return the content of a verified artifact, its digest checked on these very bytes."""
     verified.file.seek(0)

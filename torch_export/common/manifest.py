@@ -1,6 +1,7 @@
 """The metadata that stands beside an artifact: strict to read, and field by field to compare."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -16,6 +17,8 @@ MODEL_FIELDS = ("id", "revision", "config_digest", "dtype")
 FILE_FIELDS = ("bytes", "sha256", "blocks_sha256")
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 MAX_DEPTH = 50  # of nested JSON
+# in the file only: of all the rest, so that a flipped digit is found even where any digit is valid
+_OWN_DIGEST = "metadata_sha256"
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHOWN_LENGTH = 100
 
@@ -59,7 +62,9 @@ def dump_manifest(manifest: Manifest) -> str:
 
     Raise ValueError for a manifest that no reader would accept.
     """
-    text = json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n"
+    fields = dataclasses.asdict(manifest)
+    fields[_OWN_DIGEST] = _digest(manifest)
+    text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
     try:
         parse_manifest(text.encode())
     except ArtifactDamagedError as error:
@@ -69,9 +74,7 @@ def dump_manifest(manifest: Manifest) -> str:
 
 def canonical_bytes(manifest: Manifest) -> bytes:
     """Return what a signature covers: everything but the signature, in one fixed form."""
-    fields = dataclasses.asdict(manifest)
-    del fields["signature"]
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _canonical(dataclasses.asdict(dataclasses.replace(manifest, signature=None)))
 
 
 def differences(built: dict, found: dict, fields: Iterable[str]) -> list[Difference]:
@@ -138,7 +141,8 @@ def _checked(fields: Any) -> Manifest:
     _expect(isinstance(fields, dict), "top level", "an object", fields)
     _check_schema(fields.get("schema"))
     names = [field.name for field in dataclasses.fields(Manifest)]
-    _check_names("top level", fields, names)
+    _check_names("top level", fields, [*names, _OWN_DIGEST])
+    own_digest = fields.pop(_OWN_DIGEST)
     _expect(fields["approach"] in APPROACHES, "approach", " or ".join(APPROACHES),
             fields["approach"])  # fmt: skip
     for name in ("model", "environment", "recipe", "file", "details"):
@@ -153,7 +157,17 @@ def _checked(fields: Any) -> Manifest:
     _expect(_is_number(seconds) and seconds >= 0, "build_seconds", "a number >= 0", seconds)
     signature = fields["signature"]
     _expect(signature is None or isinstance(signature, str), "signature", "text", signature)
-    return Manifest(**fields)
+    manifest = Manifest(**fields)
+    _expect(own_digest == _digest(manifest), _OWN_DIGEST, "that of the other fields", own_digest)
+    return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(_canonical(dataclasses.asdict(manifest))).hexdigest()
+
+
+def _canonical(fields: dict) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _check_schema(schema: Any) -> None:

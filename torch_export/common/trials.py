@@ -45,7 +45,8 @@ def private_compiler_caches() -> Iterator[None]:
     its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
     in the environment is kept.
     """
-    with tempfile.TemporaryDirectory(prefix="llama-compile-") as folder:  # mode 0700
+    # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
+    with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
         wanted = _cache_variables(folder) | {"TMPDIR": folder} | _user_variable()
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)

@@ -1,5 +1,6 @@
 """Tests import the folder's modules as its scripts do, and share checkpoints and packages."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,15 +12,26 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 sys.path.insert(0, str(FOLDER / "tests"))
 
+# autotuning takes a minute on two cores, and the graph is the same
+BUILD = ("--model-id=random:tiny", "--device=cpu", "--no-max-autotune")
+
 # a busy machine is slow, and that is no failure
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
-def presets_folder(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """One folder for what all test processes of this session use."""
+    own = tmp_path_factory.getbasetemp()
+    # a worker's folder lies in the session's
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def presets_folder(shared_folder):
     """One folder for the preset checkpoints of all test processes."""
-    return tmp_path_factory.mktemp("presets")
+    return shared_folder / "presets"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,16 +45,17 @@ def shared_folders(presets_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def copied_folder(tmp_path_factory):
+def copied_folder(shared_folder, shared_folders):
     """The folder alone, elsewhere, with a package of random:tiny at its default place."""
+    from filelock import FileLock
     from helpers import run_wrapper, succeeded
 
-    folder = tmp_path_factory.mktemp("elsewhere") / "torch_export"
-    ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
-    shutil.copytree(FOLDER, folder, ignore=ignored)
-    # autotuning takes a minute on two cores, and the graph is the same
-    flags = ["--model-id=random:tiny", "--device=cpu", "--no-max-autotune"]
-    succeeded(run_wrapper("build.sh", *flags, folder=folder))
+    folder = shared_folder / "elsewhere" / "torch_export"
+    with FileLock(shared_folder / "copied_folder.lock"):
+        if not list(folder.glob("artifacts/*_meta.json")):
+            ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
+            shutil.copytree(FOLDER, folder, ignore=ignored, dirs_exist_ok=True)
+            succeeded(run_wrapper("build.sh", *BUILD, folder=folder))
     return folder
 
 
@@ -50,3 +63,29 @@ def copied_folder(tmp_path_factory):
 def package(copied_folder):
     """The package of random:tiny; its metadata is beside it."""
     return copied_folder / "artifacts" / "llama3b_aotinductor.pt2"
+
+
+@pytest.fixture(scope="session")
+def subject(package):
+    from faults import Subject
+
+    from common.artifacts import ArtifactPair
+
+    short = ("--prompt-length=12", "--max-new-tokens=3")
+    return Subject(
+        build="build_llama_aotinductor.py",
+        run="run_llama_aotinductor.py",
+        path_flag="--package-path",
+        pair=ArtifactPair(package, package.with_name(package.stem + "_meta.json")),
+        flags=("--model-id=random:tiny", "--device=cpu", "--load-artifacts", *short),
+        build_flags=BUILD,
+        checked=(
+            "environment.torch",
+            "environment.compute_capability",
+            "model.dtype",
+            "model.config_digest",
+            "recipe.device",
+            "recipe.cpu_capability",
+            "recipe.weights_fingerprint",
+        ),
+    )

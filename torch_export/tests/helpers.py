@@ -10,6 +10,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent
 
 
+# torch sets the first one in this process when it is asked for the folder (2.13: when imported)
+CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
 @dataclass(frozen=True)
 class Finished:
     """A process that has ended, with the result file it wrote, if any."""
@@ -20,13 +24,18 @@ class Finished:
     result: dict | None
 
 
+def user_environment() -> dict[str, str]:
+    """Return the environment of this process, without the caches that it made for itself."""
+    return {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
+
+
 def run_command(command: list[str], result: Path | None = None, **environment: str) -> Finished:
-    """Run a command to its end; `environment` is added to this process's own."""
+    """Run a command to its end; `environment` is added to a user's."""
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=user_environment() | environment,
         timeout=900,
     )
     written = json.loads(result.read_text()) if result and result.exists() else None

@@ -1,0 +1,140 @@
+"""Faults that only a package can have: other zip files, other graphs, other lengths.
+
+Every package here has the hash that its metadata names, so that only its content is at fault. The
+native code inside is not judged: who made it is a matter of trust.
+"""
+
+import io
+import random
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from faults import FOLDER, edit_metadata, put
+from helpers import run_script, succeeded
+from test_faults import DAMAGED, pair, refusal, server
+
+__all__ = ["pair", "refusal", "server"]  # fixtures
+
+
+def zipped(entries: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def unzipped(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def library(entries: dict[str, bytes]) -> str:
+    return next(name for name in entries if name.endswith(".so"))
+
+
+def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
+    """Return packages by what is wrong with them."""
+    so = library(entries)
+    root = so.partition("/")[0]
+    rest = {name: data for name, data in entries.items() if name != so}
+    other_model = {name.replace("/model/", "/other/"): data for name, data in entries.items()}
+    whole = zipped(entries)
+    return {
+        "no zip": b"nothing like it" * 9,
+        "one byte": b"P",
+        "no entry": zipped({}),
+        "one entry": zipped({"hello.txt": b"hello"}),
+        "one entry in a folder": zipped({"a/hello.txt": b"hello"}),
+        "one entry with the library's name": zipped({so.rpartition("/")[2]: entries[so]}),
+        "no library": zipped(rest),
+        "empty library": zipped({**rest, so: b""}),
+        "another model": zipped(other_model),
+        "a name that climbs": zipped({**entries, f"{root}/../../canary.so": b"x"}),
+        "a climbing library": zipped({**rest, f"{root}/data/aotinductor/model/../../x.so": b"x"}),
+        "an absolute name": zipped({**entries, "/tmp/canary-of-the-fault-tests": b"x"}),
+        "two folders": zipped({"elsewhere/a": b"x", **entries}),
+        "no folder at all": zipped(
+            {name.partition("/")[2]: data for name, data in entries.items()}
+        ),
+        "no end": whole[:-30],
+        "no beginning": whole[len(whole) // 2 : -30],
+    }
+
+
+def test_another_zip_with_a_right_hash_never_reaches_torch(pair, refusal):
+    for name, content in spoilt(unzipped(pair.path.read_bytes())).items():
+        put(pair, content)
+        line = refusal(DAMAGED)
+        assert "cannot be loaded (" in line, name
+        assert "./build.sh" in line, name
+
+
+def test_a_library_that_is_none_is_refused_by_the_system(pair, refusal):
+    entries = unzipped(pair.path.read_bytes())
+    put(pair, zipped({**entries, library(entries): b"not a library"}))
+    assert "cannot be loaded (" in refusal(DAMAGED)
+
+
+def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
+    entries = unzipped(pair.path.read_bytes())
+    so = library(entries)
+    chance = random.Random(6)
+    for _ in range(60):
+        names = chance.sample(sorted(entries), chance.randrange(len(entries)))
+        chosen = {name: entries[name] for name in names}
+        if data := chosen.pop(so, None):  # under another name or not at all
+            parts = so.split("/")
+            parts.pop(chance.randrange(len(parts)))
+            chosen |= {"/".join(parts).removesuffix(".so"): data} if chance.random() < 0.5 else {}
+        put(pair, zipped(chosen))
+        refusal(DAMAGED)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"details__graphs": ...},
+        {"details__graphs": 7},
+        {"details__graphs": ["prefill", "decode"]},
+        {"details": {}},
+        {"recipe__kv_cache": ...},
+        {"recipe__kv_cache": True, "recipe__max_cache_len": 64},
+        {"recipe__embed_weights": ...},
+        {"recipe__embed_weights": False},
+        {"recipe__min_seq_len": -1},
+        {"recipe__max_seq_len": "2048"},
+        {"recipe__max_seq_len": 4096},
+        {"recipe__dynamic_seq_multiple": 0},
+        {"recipe__dynamic_seq_multiple": ...},
+        {"recipe__buckets": []},
+        {"recipe__buckets": [3]},
+        {"recipe__dynamic_seq_len": None},
+    ],
+    ids=str,
+)
+def test_metadata_that_describes_no_package_is_refused(changes, pair, refusal):
+    edit_metadata(pair, **changes)
+    assert "./build.sh" in refusal(DAMAGED)
+
+
+def test_a_prompt_beyond_the_exported_lengths_is_refused_before_loading(refusal):
+    assert "./build.sh --max-seq-len 2056" in refusal(2, "--prompt-length=2050")
+
+
+def test_switched_off_caches_do_not_matter_to_a_package(subject, tmp_path):
+    flags = subject.run_flags(subject.pair)
+    off = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = succeeded(run_script(subject.run, *flags, result=tmp_path / "run.json", **off))
+    assert not any(done.result["compile"].values())
+
+
+def test_a_reader_that_stops_early_is_no_crash(subject):
+    words = [sys.executable, str(FOLDER / subject.run), *subject.run_flags(subject.pair)]
+    command = ["bash", "-o", "pipefail", "-c", '"$@" | true', "bash", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
