@@ -14,6 +14,8 @@ DONE, UNEXPECTED, USAGE, DAMAGED, MISMATCH, ENVIRONMENT, UNTRUSTED, INTERRUPTED 
     130,
 )
 
+INTERRUPT_AGAIN_SECONDS = 5.0
+
 
 class ScriptError(Exception):
     """A failure that a user can act on; `status` is the exit status of the process."""
@@ -56,11 +58,14 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     argv = sys.argv[1:] if argv is None else argv
     _open_closed_streams()
     # SIGTERM unwinds like Ctrl-C, so that temporary folders and half-written files are removed
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise_interrupt)
     try:
         main(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _fail(INTERRUPTED, "interrupted", argv)
     except BrokenPipeError as error:
         if not (_reader_has_gone(sys.stdout) or _reader_has_gone(sys.stderr)):
@@ -99,6 +104,9 @@ def _drop_unwritten_output() -> None:
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:
+    # An import or a destructor that it hits may swallow it, and the build would go on for minutes:
+    # seen on torch 2.13. So it comes again, later than any clean-up takes.
+    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AGAIN_SECONDS)
     raise KeyboardInterrupt
 
 
