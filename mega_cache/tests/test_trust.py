@@ -44,7 +44,7 @@ MANIFEST = Manifest(
 @pytest.fixture
 def folder():
     """A private folder right under the sticky temporary folder, so that others can enter it."""
-    path = Path(tempfile.mkdtemp())
+    path = Path(tempfile.mkdtemp(dir="/tmp"))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -14,7 +14,8 @@ from common.errors import (
     ArtifactMismatchError,
     EnvironmentProblemError,
 )
-from common.manifest import Manifest, describe
+from common.manifest import Manifest, describe, differences
+from common.results import gpu_environment
 from common.trust import TrustFlags
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def load_package(
                 f"{pair.path} was built for something else: {describe(found)}; "
                 "rebuild it with ./build.sh and the same flags, or run with the build's"
             )
+        for difference in differences(manifest.environment, gpu_environment(), ("driver",)):
+            console.warn(f"{describe([difference])}: usually harmless")
         if manifest.recipe != plan.built:
             raise ArtifactMismatchError(f"{pair.path} was replaced since this start: try again")
         stages.close("verification")

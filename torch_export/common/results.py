@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
 
     Imports nothing new: a process that has no torch yet gets the GPU's fields as None.
     """
-    return _gpu() | _stack()
+    return gpu_environment() | _stack()
 
 
 @functools.cache  # asks git, and reads metadata of packages: once a process
@@ -93,7 +93,8 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _gpu() -> dict[str, Any]:
+def gpu_environment() -> dict[str, Any]:
+    """Return name, compute capability, driver and CUDA of the GPU, each None without one."""
     torch = sys.modules.get("torch")
     unknown = dict.fromkeys(("gpu", "compute_capability", "driver", "cuda"))
     if torch is None or not torch.cuda.is_available():

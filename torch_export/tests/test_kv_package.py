@@ -79,8 +79,12 @@ def test_a_token_costs_the_same_early_and_late(tiny):
         return min((one.seconds - one.ttft_seconds) / 32 for one in requests)
 
     # the fastest of several, taken in turn: the machine may be busy with something else
-    early, late = zip(*((fastest(8), fastest(1900)) for _ in range(3)), strict=True)
-    assert min(late) <= 1.5 * min(early)
+    early = late = float("inf")
+    for _ in range(12):
+        early, late = min(early, fastest(8)), min(late, fastest(1900))
+        if late <= 1.5 * early:
+            return
+    pytest.fail(f"a token costs {late * 1e3:.2f} ms at 1900, {early * 1e3:.2f} ms at 8")
 
 
 def test_the_package_holds_code_only_and_any_fine_tune_runs_on_it(
