@@ -76,8 +76,9 @@ def build(settings: Settings, console: Console) -> dict:
     from common.models import load_model
     from common.prompts import load_codec
     from common.results import environment
+    from common.targets import choose_target
     from portable_cache import bundle
-    from portable_cache.recipe import choose_target, recipe
+    from portable_cache.recipe import recipe
 
     stages.close("interpreter and imports")
     bundle.check_caches_are_on()

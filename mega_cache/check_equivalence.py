@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
 
     from common.equivalence import Engine
-    from portable_cache.recipe import Target
+    from common.targets import Target
 
 
 def check_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
-    from portable_cache.recipe import choose_target
+    from common.targets import choose_target
 
     target = choose_target(settings.shared, CHECKPOINTS, console)
     return compare_logits(

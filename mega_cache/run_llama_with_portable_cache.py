@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from common.compile_evidence import Watch
     from common.prompts import TextCodec
+    from common.targets import Target
     from portable_cache.generation import Prompt
     from portable_cache.loading import Loaded
-    from portable_cache.recipe import Target
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def run(settings: RunSettings, console: Console) -> dict:
     from common.compile_evidence import watch_compilation
     from common.devices import device_memory
     from common.prompts import load_codec
+    from common.targets import choose_target
     from portable_cache import generation
     from portable_cache.loading import use_decode_step
-    from portable_cache.recipe import choose_target
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from aotinductor.bounds import Bounds
-    from aotinductor.recipe import Target
     from common.stopwatch import Stages
+    from common.targets import Target
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
 CODE_BYTES = 64 * 2**20
@@ -89,10 +89,11 @@ def build(settings: Settings, console: Console) -> dict:
     import transformers  # noqa: F401
 
     from aotinductor.bounds import make_bounds
-    from aotinductor.recipe import choose_target, recipe
+    from aotinductor.recipe import recipe
     from common.artifacts import check_target, write_pair
     from common.manifest import SCHEMA, Manifest
     from common.results import environment
+    from common.targets import choose_target
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)

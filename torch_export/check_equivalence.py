@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from aotinductor.base_generation import Step
     from aotinductor.bounds import Bounds
     from aotinductor.kv_generation import Generator
-    from aotinductor.recipe import Target
     from common.equivalence import Engine
+    from common.targets import Target
 
 
 def check_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
-    from aotinductor.recipe import choose_target
+    from common.targets import choose_target
 
     target = choose_target(settings.shared, CHECKPOINTS, console)
     return compare_logits(

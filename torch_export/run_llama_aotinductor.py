@@ -25,11 +25,12 @@ from common.trust import TrustFlags
 if TYPE_CHECKING:
     from aotinductor.base_generation import Prompt
     from aotinductor.loading import Loaded
-    from aotinductor.recipe import Plan, Target
+    from aotinductor.recipe import Plan
     from common.compile_evidence import Watch
     from common.measures import Request
     from common.prompts import TextCodec
     from common.stopwatch import Stages
+    from common.targets import Target
 
     Serve = Callable[[Prompt], tuple[Request, list[int]]]
 
@@ -73,9 +74,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     import torch
 
     from aotinductor.loading import load_package, server_of
-    from aotinductor.recipe import choose_target, find_plan
+    from aotinductor.recipe import find_plan
     from common.devices import device_memory
     from common.prompts import load_codec
+    from common.targets import choose_target
 
     stages.close("interpreter and imports")
     target = choose_target(settings.shared, CHECKPOINTS, console)

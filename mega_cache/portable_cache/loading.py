@@ -9,9 +9,10 @@ from common.console import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import Manifest, describe, differences
 from common.results import environment
+from common.targets import Target
 from common.trust import TrustFlags
 from portable_cache.flags import APPROACH, CompileFlags
-from portable_cache.recipe import Target, find_differences, recipe
+from portable_cache.recipe import find_differences, recipe
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

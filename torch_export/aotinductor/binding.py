@@ -2,9 +2,9 @@
 
 import torch
 
-from aotinductor.recipe import Target
 from common.errors import ArtifactMismatchError
 from common.manifest import Manifest
+from common.targets import Target
 from common.weights import Expected, load_weights
 
 

@@ -11,9 +11,9 @@ from aotinductor.kv_generation import Generator
 from aotinductor.package_loader import Model, bind_constants, device_index, open_model
 
 if TYPE_CHECKING:
-    from aotinductor.recipe import Target
     from common.manifest import Manifest
     from common.stopwatch import Stages
+    from common.targets import Target
 
 GRAPHS = ("prefill", "decode")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aotinductor import package_loader
 from aotinductor.flags import APPROACH
-from aotinductor.recipe import Plan, Target, find_differences
+from aotinductor.recipe import Plan, find_differences
 from common.artifacts import ArtifactPair, open_verified
 from common.console import Console
 from common.errors import (
@@ -16,6 +16,7 @@ from common.errors import (
 )
 from common.manifest import Manifest, describe, differences
 from common.results import gpu_environment
+from common.targets import Target
 from common.trust import TrustFlags
 
 if TYPE_CHECKING:

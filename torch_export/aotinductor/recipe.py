@@ -1,7 +1,6 @@
 """What a package was built for, and whether this run is that."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aotinductor.bounds import (
@@ -14,12 +13,9 @@ from aotinductor.bounds import (
 from aotinductor.fingerprint import weights_fingerprint
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, GraphFlags, PackageFileFlags
 from common.artifacts import ArtifactPair, peek_manifest
-from common.checkpoints import Checkpoint, resolve_checkpoint
-from common.console import Console
-from common.devices import choose_device, choose_dtype, quiet_compiler_logs
 from common.errors import ArtifactMismatchError
-from common.flags import SharedFlags
 from common.manifest import Difference, Manifest, describe, differences
+from common.targets import Target
 from common.versions import package_version
 from common.weights import list_checkpoint
 
@@ -30,25 +26,6 @@ if TYPE_CHECKING:
 _ENVIRONMENT_FIELDS = ("torch", "cuda", "compute_capability")
 _MODEL_FIELDS = ("config_digest", "dtype")
 _RECIPE_FIELDS = ("weights_fingerprint", "batch_size", "device", "cpu_capability")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model to run, and where and in what precision."""
-
-    checkpoint: Checkpoint
-    device: "torch.device"
-    dtype: "torch.dtype"
-
-    def describe_model(self) -> dict[str, Any]:
-        return self.checkpoint.describe() | {"dtype": str(self.dtype).removeprefix("torch.")}
-
-
-def choose_target(flags: SharedFlags, presets_folder: Path, console: Console) -> Target:
-    device = choose_device(flags.device)
-    quiet_compiler_logs(device)
-    checkpoint = resolve_checkpoint(flags.model_id, presets_folder, console)
-    return Target(checkpoint, device, choose_dtype(flags.dtype, device))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from aotinductor import eager_generation
 from aotinductor.base_generation import Prompt
 from aotinductor.bounds import parse_bounds
 from aotinductor.loading import load_package, server_of
-from aotinductor.recipe import Plan, Target
+from aotinductor.recipe import Plan
 from common.artifacts import ArtifactPair
 from common.checkpoints import resolve_checkpoint
 from common.console import Console
@@ -17,6 +17,7 @@ from common.models import load_model
 from common.presets import CONFIGS
 from common.prompts import load_codec
 from common.stopwatch import Stages, process_start
+from common.targets import Target
 from common.trust import TrustFlags
 
 NEW_TOKENS = 16
