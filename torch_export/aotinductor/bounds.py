@@ -45,8 +45,10 @@ class Bounds:
         multiple = self.dynamic_seq_multiple
         first, last = self.min_padded // multiple, self.max_seq_len // multiple
         blocks = torch.export.Dim("blocks", min=first, max=last)
-        # an example of one block would be taken for a constant
-        example = min(max(example_seq_len // multiple, first, 2), last)
+        # an example of one block would be taken for a constant, and so would one that is as long as
+        # the KV cache: it stays below the longest
+        longest = max(last - 1, first, 2)
+        example = min(max(example_seq_len // multiple, first, 2), longest, last)
         return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
 
     def as_json(self) -> dict[str, Any]:
