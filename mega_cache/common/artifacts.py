@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from common import trust
-from common.console import Console
+from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
