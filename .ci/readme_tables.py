@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "mega_cache"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mega_cache"))
 
 from common.report import benchmark_table, compare_table, markdown_table, sweep_table
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FOLDERS = ("mega_cache", "torch_export")
 STEPS = ("build", "compare", "benchmark", "sweep")

@@ -204,7 +204,7 @@ def _add_sweep(document: dict, entries: list[dict]) -> None:
     document["sweep"] = entries
     for length in dict.fromkeys(entry["prompt_length"] for entry in entries):
         difference = _first_difference([e for e in entries if e["prompt_length"] == length])
-        if difference is not None:
+        if difference is not None and document["difference"] is None:
             document["outputs_identical"] = False
             document["difference"] = f"at a prompt of {length} tokens {difference}"
 
