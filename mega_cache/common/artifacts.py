@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common import trust
-from common.console import Console
+from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
