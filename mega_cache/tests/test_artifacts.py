@@ -28,7 +28,7 @@ from common.artifacts import (
     read_blob,
     write_pair,
 )
-from common.console import Console
+from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,

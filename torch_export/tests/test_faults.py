@@ -20,7 +20,7 @@ from faults import FOLDER, ScriptServer, copy_pair, edit_metadata, mutations, pu
 from helpers import run_command, user_environment
 
 from common.artifacts import open_verified
-from common.console import Console
+from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import parse_manifest
 from common.trust import TrustFlags
