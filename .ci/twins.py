@@ -11,7 +11,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ORIGINAL, TWIN = (REPOSITORY / name for name in ("mega_cache", "torch_export"))
-TEST_TOOLS = ("tests/tools.sh", "tests/requirements.txt", "tests/helpers.py", "tests/faults.py")
+TEST_TOOLS = tuple(
+    f"tests/{name}"
+    for name in ("tools.sh", "requirements.txt", "helpers.py", "faults.py", "test_faults.py")
+)
 
 
 def find_differences(original: Path, twin: Path) -> list[str]:

@@ -39,7 +39,7 @@ from common.errors import (
 from common.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
 from common.trust import TrustFlags
 
-FOLDER = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 
 
@@ -105,7 +105,7 @@ def names(folder: Path) -> set[str]:
 
 def python(code: str, *arguments: object, **options) -> subprocess.Popen:
     """Start a process that has this file's helpers and runs `code`."""
-    head = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER / 'tests')!r}]\n"
+    head = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER / 'tests' / 'common')!r}]\n"
     head += "from test_artifacts import *\n"
     head += "pair = ArtifactPair(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
