@@ -12,7 +12,6 @@ from common.compare import compare
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.flags import CompareFlags, ComparisonFlags
 from common.report import write_json
-from common.serve import print_run
 from common.trials import private_compiler_caches
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
@@ -31,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
+        from common.serve import print_run
         from portable_cache.serving import run
 
         document = run(settings, console)
