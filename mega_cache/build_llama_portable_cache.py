@@ -21,6 +21,7 @@ from common.trust import SignFlags, check_sign_key
 from portable_cache.flags import APPROACH, CHECKPOINTS, BuildFlags, CacheFileFlags, CompileFlags
 
 if TYPE_CHECKING:
+    from portable_cache.decode_ahead import ExportedStep
     from transformers import Cache, PreTrainedModel
 
     from common.prompts import TextCodec
@@ -39,10 +40,6 @@ class Settings:
     compilation: CompileFlags
     files: CacheFileFlags
     signing: SignFlags
-
-    def __post_init__(self):
-        if self.lengths.precompile and not self.compilation.max_cache_len:
-            raise ValueError("--precompile compiles one decode step: give --max-cache-len N too")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,17 +80,18 @@ def build(settings: Settings, console: Console) -> dict:
     stages.close("interpreter and imports")
     bundle.check_caches_are_on()
     target = choose_target(settings.shared, CHECKPOINTS, console)
-    bundle.record_kernels()
+    bundle.configure()
+    bundle.watch()
     watch = watch_compilation()
     with stages.stage("load model"):
         model = load_model(target.checkpoint, target.device, target.dtype)
     with stages.stage("warm up"):
         codec = load_codec(target.checkpoint.folder)
-        warmed, cache = warm_up(model, codec, settings, watch, console)
+        warmed, caches = warm_up(model, codec, settings, watch, console)
     with stages.stage("precompile"):
-        contract = precompile_decode(model, cache, settings, console)
+        steps = precompile_decode(model, caches, settings, console)
     with stages.stage("save"):
-        saved = bundle.save_bundle()
+        saved = bundle.save_bundle({slots: step.content for slots, step in steps.items()})
         manifest = Manifest(
             schema=SCHEMA,
             approach=APPROACH,
@@ -105,8 +103,7 @@ def build(settings: Settings, console: Console) -> dict:
             details={
                 "warmed": warmed,
                 "entries": saved.entries,
-                "kernel_files": saved.kernel_files,
-                "decode_step": contract,
+                "decode_steps": {slots: step.contract for slots, step in steps.items()},
                 "graphs": [asdict(graph) for graph in watch.graphs],
             },
             signature=None,
@@ -126,19 +123,20 @@ def warm_up(
     settings: Settings,
     watch: "Watch",
     console: Console,
-) -> tuple[list[dict], "Cache"]:
-    """Generate once per prefill length; return what each took and compiled, and the last cache."""
+) -> tuple[list[dict], dict[int, "Cache"]]:
+    """Generate once per prefill length; return what each took and compiled, and the caches by slots."""
     from common.compile_evidence import read_evidence
     from portable_cache import generation
 
     flags = settings.compilation
     generation.configure_generation(model, flags, flags.decode_length, (), padding_id=0)
-    cache, warmed = None, []
+    caches, warmed = {}, []
     for length in settings.lengths.prefill_lengths:
-        if cache is None or not flags.max_cache_len:
+        slots = generation.slots_for(flags, length, flags.decode_length)
+        if slots not in caches:
             generation.forget_compiled_state(model)
-            slots = generation.slots_for(flags, length, flags.decode_length)
-            cache = generation.make_cache(model, flags, slots)
+            caches[slots] = generation.make_cache(model, flags, slots)
+        cache = caches[slots]
         before = read_evidence(watch)
         prompt = generation.Prompt(codec.synthetic_prompt(length, settings.shared.seed), 0, 0)
         began = time.monotonic()
@@ -154,27 +152,29 @@ def warm_up(
             }
         )
         console.say(describe_warmed(warmed[-1]))
-    return warmed, cache
+    return warmed, caches
 
 
 def precompile_decode(
-    model: "PreTrainedModel", cache: "Cache", settings: Settings, console: Console
-) -> dict | None:
-    """Compile the decode step ahead of time into the bundle; return its contract, if it worked."""
+    model: "PreTrainedModel", caches: dict[int, "Cache"], settings: Settings, console: Console
+) -> dict[int, "ExportedStep"]:
+    """Compile the decode step of every cache ahead of time; return what could be, by slots."""
     if not settings.lengths.precompile:
-        return None
-    from portable_cache import bundle, generation, precompile
+        return {}
+    from portable_cache import decode_ahead, generation
 
-    generation.forget_compiled_state(model)
+    steps = {}
     try:
-        call = precompile.capture_decode_call(model, cache)
-        step = precompile.export(model, cache, call, settings.compilation.compile_mode)
-    except precompile.FAILURES as error:
+        for slots, cache in caches.items():
+            generation.forget_compiled_state(model)
+            call = decode_ahead.capture_decode_call(model, cache)
+            steps[slots] = decode_ahead.export(
+                model, cache, call, settings.compilation.compile_mode
+            )
+    except decode_ahead.FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         console.warn(f"this stack cannot compile the decode step ahead of time: {reason[0]}")
-        return None
-    bundle.record_decode_step(step.content)
-    return step.contract
+    return steps
 
 
 def describe_warmed(entry: dict) -> str:

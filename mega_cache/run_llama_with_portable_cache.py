@@ -79,7 +79,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     from common.devices import device_memory
     from common.prompts import load_codec
     from common.targets import choose_target
-    from portable_cache import generation
+    from portable_cache import bundle, generation
     from portable_cache.loading import use_decode_step
 
     stages.close("interpreter and imports")
@@ -87,7 +87,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     codec = load_codec(target.checkpoint.folder)
     prompt = make_prompt(settings, codec, target, console)
     stages.close("prompt")
-    watch = None if settings.loading.eager else watch_compilation()
+    watch = None
+    if not settings.loading.eager:
+        bundle.configure()
+        watch = watch_compilation()
     loaded = load(settings, target, prompt, watch, console)
     stages.close("artifact")
     model = make_model(settings, target, prompt)

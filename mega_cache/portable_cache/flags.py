@@ -64,8 +64,7 @@ class BuildFlags:
     )
     precompile: bool = flag(
         False,
-        "also compile the decode step ahead of time, so that a run traces nothing "
-        "(needs --max-cache-len)",
+        "also compile the decode step ahead of time, so that a run traces nothing",
     )
 
 

@@ -27,7 +27,7 @@ class Loaded:
     manifest: Manifest
     verify_seconds: float
     entries: dict[str, int]
-    decode_step: bytes | None
+    decode_steps: dict[int, bytes]
     graphs: list[GraphLookup]  # what the build looked up
 
     def as_json(self) -> dict:
@@ -70,17 +70,14 @@ def load_artifact(
         for difference in differences(manifest.environment, environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         blob = read_blob(verified)
-    bundle.record_kernels()
     try:
         loaded = bundle.load_bundle(blob)
-    except bundle.DamagedBundle as error:
-        raise ArtifactDamagedError(f"{pair.path}: {error}") from error
-    except bundle.ForeignBundle as error:
-        raise ArtifactMismatchError(f"{pair.path}: {error}") from error
+    except (ArtifactDamagedError, ArtifactMismatchError) as error:
+        raise type(error)(f"{pair.path}: {error}") from error
     watch.restored.update(loaded.restored)
     # keys that are known need no spelling out when they are looked up
     watch_compilation(frozenset(key for keys in loaded.graph_keys.values() for key in keys))
-    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_step, graphs)
+    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_steps, graphs)
 
 
 def use_decode_step(
@@ -94,23 +91,24 @@ def use_decode_step(
 
     `wanted` None takes it when it is there and fits, with one warning when it does not fit.
     """
-    contract = loaded.manifest.details.get("decode_step") if loaded else None
+    slots = str(cache.layers[0].max_cache_len) if cache is not None else ""
+    contract = loaded.manifest.details.get("decode_steps", {}).get(slots) if loaded else None
     if wanted is False or (contract is None and wanted is None):
         return False
-    from portable_cache import precompile
+    from portable_cache import decode_ahead
 
     try:
-        if contract is None or loaded.decode_step is None:
-            raise precompile.PrecompileMismatch(
+        if contract is None or int(slots) not in loaded.decode_steps:
+            raise decode_ahead.PrecompileMismatch(
                 "the artifact has no precompiled decode step: ./build.sh --precompile makes one"
             )
-        decode = precompile.load(loaded.decode_step, contract, model, cache)
-    except (precompile.PrecompileMismatch, *precompile.FAILURES) as error:
+        decode = decode_ahead.load(loaded.decode_steps[int(slots)], contract, model, cache)
+    except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
         if wanted:
             raise ArtifactMismatchError(str(error)) from error
         console.warn(f"{error}; tracing instead")
         return False
-    precompile.install(model, decode)
+    decode_ahead.install(model, decode)
     return True
 
 
