@@ -56,7 +56,10 @@ def load_artifact(
         for difference in differences(manifest.environment, here, ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         blob = read_blob(verified)
-    loaded = bundle.load_bundle(blob)
+    try:
+        loaded = bundle.load_bundle(blob)
+    except (ArtifactDamagedError, ArtifactMismatchError) as error:
+        raise type(error)(f"{pair.path}: {error}") from error
     watch.restored.update(loaded.restored)
     hits.know_keys(key for keys in loaded.graph_keys.values() for key in keys)
     return Loaded(pair, manifest, verified.verify_seconds, loaded, lookups)
@@ -74,7 +77,8 @@ def use_decode_step(
 
     `wanted` None takes it when it is there and fits, with one warning when it does not fit.
     """
-    contract = loaded.manifest.details["decode_steps"].get(str(slots)) if loaded else None
+    contracts = loaded.manifest.details.get("decode_steps", {}) if loaded else {}
+    contract = contracts.get(str(slots))
     if wanted is False or (contract is None and wanted is None):
         return False
     try:
