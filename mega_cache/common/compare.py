@@ -155,7 +155,7 @@ def _run_trials(
     order = []
     for number in range(1, count + 1):
         # every other round backwards, so that no mode always follows the same one
-        order += [(mode, number) for mode in (commands if number % 2 else reversed(commands))]
+        order += [(mode, number) for mode in (commands if number % 2 else reversed(list(commands)))]
     trials, found = [], None
     bar = console.bar(order, "trials", "trial")
     for mode, number in bar:

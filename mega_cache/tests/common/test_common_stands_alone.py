@@ -24,13 +24,16 @@ def test_a_drifted_twin_is_found_and_mended(tmp_path):
     twins = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(twins)
     original, twin = tmp_path / "a", tmp_path / "b"
-    original.mkdir()
-    (original / "one.py").write_text("1")
+    for name in ("common/one.py", *twins.TEST_TOOLS):
+        (original / name).parent.mkdir(parents=True, exist_ok=True)
+        (original / name).write_text("1")
     twins.mend(original, twin)
     assert twins.find_differences(original, twin) == []
-    (twin / "one.py").write_text("2")
-    (twin / "two.py").write_text("2")
-    assert twins.find_differences(original, twin) == ["one.py", "two.py"]
+    for name in ("common/one.py", "common/two.py", twins.TEST_TOOLS[0]):
+        (twin / name).write_text("2")
+    assert twins.find_differences(original, twin) == [
+        "common/one.py", "common/two.py", twins.TEST_TOOLS[0],
+    ]  # fmt: skip
     twins.mend(original, twin)
     assert twins.find_differences(original, twin) == []
 
