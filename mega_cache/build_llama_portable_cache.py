@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from common.artifacts import building, check_target
 from common.cli import Console, parse_flags
+from common.driver import open_driver
 from common.errors import run_script
 from common.report import markdown_table, write_json
 from common.trials import private_compiler_caches
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
+    open_driver(settings.shared.device)
     with private_compiler_caches():
         check_target(pair, NEEDED_BYTES)
         with building(pair, console):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from common.cli import Console, config_of, parse_flags, words_besides
 from common.compare import compare
+from common.driver import open_driver
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.flags import CompareFlags, ComparisonFlags
 from common.report import write_json
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if results.plot:
         raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
     console = Console(settings.shared.quiet, settings.shared.verbose)
+    open_driver(settings.shared.device)
     with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
         from common.serve import print_run

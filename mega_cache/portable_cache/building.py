@@ -66,7 +66,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     )
     if settings.build.verify:
         margins = verify(manifest, saved.blob, eager, codec, settings, console)
-        check_differences(margins, target.dtype)
+        check_differences(margins, target.dtype_name)
         stages.close("verify")
     written = publish(settings.files.pair(), manifest, saved.blob)
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
@@ -91,12 +91,12 @@ def warm_up_all(
         entry, token_ids = warm_up(model, cache, prompt, slots, flags, seed, watch)
         warmed.append(entry)
         console.say(describe_warmed(entry))
-        margins[slots] = largest_margin(eager, prompt, token_ids)
+        margins[f"a KV cache of {slots} slots"] = largest_margin(eager, prompt, token_ids)
         if wants_steps:
             step = compile_ahead(model, cache, flags, console)
             wants_steps = step is not None
             steps |= {slots: step} if step else {}
-    check_differences(margins, model.dtype)
+    check_differences(margins, str(model.dtype).removeprefix("torch."))
     return warmed, steps
 
 
@@ -141,10 +141,10 @@ def verify(
     codec: TextCodec,
     settings: BuildSettings,
     console: Console,
-) -> dict[int, float]:
+) -> dict[str, float]:
     """Load the artifact in a fresh process per cache length, where everything must hit.
 
-    Returns for each number of slots how far the tokens of that process are from eager's.
+    Returns for each one how far the tokens of that process are from eager's.
     """
     shared, margins = settings.shared, {}
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
@@ -163,7 +163,9 @@ def verify(
             outcome = run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
                 raise ScriptError(f"the artifact does not hit: {outcome.error}")
-            margins[slots] = largest_margin(eager, prompt, outcome.document["output"]["token_ids"])
+            margins[f"a KV cache of {slots} slots"] = largest_margin(
+                eager, prompt, outcome.document["output"]["token_ids"]
+            )
     return margins
 
 

@@ -9,7 +9,14 @@ from common.artifacts import ArtifactPair
 from common.cli import Console, config_of
 from common.compile_counts import Watch, compiled_kernels, read_counts, watch_compilation
 from common.errors import ArtifactMismatchError, ScriptError
-from common.prompts import Printer, bucket_for, load_codec, padding_token_id, prompts_of
+from common.prompts import (
+    Printer,
+    TextCodec,
+    bucket_for,
+    load_codec,
+    padding_token_id,
+    prompts_of,
+)
 from common.serve import run_document, serve_requests
 from common.stopwatch import Stages, process_start
 from common.target import Target, choose_target
@@ -18,7 +25,10 @@ from portable_cache.flags import APPROACH, CompileFlags, LoadFlags, RunSettings
 from portable_cache.recipe import settle, shortest_that_holds
 
 if TYPE_CHECKING:
-    from portable_cache import loading
+    from transformers import Cache, PreTrainedModel
+
+    from portable_cache.hits import Lookup
+    from portable_cache.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -38,29 +48,69 @@ class Plan:
         return bucket_for(length, self.buckets) or length
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """What the compiled modes look at and load; the eager mode imports nothing of it."""
+
+    watch: Watch
+    lookups: "list[Lookup]"
+    loaded: "Loaded | None"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that requests need."""
+
+    target: Target
+    tensors: dict[str, torch.Tensor]
+    codec: TextCodec
+    prompts: list[list[int]]
+    plan: Plan
+    compiler: Compiler | None
+    model: "PreTrainedModel"
+    cache: "Cache | None"
+    precompiled: bool
+
+
 def run(settings: RunSettings, console: Console) -> dict:
     """Set up, serve every request, and return the run's result."""
     stages = Stages(process_start())
+    ready = set_up(settings, stages, console)
+    setup_seconds = stages.elapsed()
+    from portable_cache.generation import make_generate
+
+    seed, printer = settings.shared.seed, Printer(settings.prompt, ready.codec)
+    generate = make_generate(ready.model, ready.cache, seed, ready.plan.padded_length)
+    served = serve_requests(generate, ready.prompts, ready.target, stages, printer, console)
+    counts = read_counts(ready.compiler and ready.compiler.watch)
+    document = run_document(
+        APPROACH, mode_of(settings.loading), config_of(settings), ready.target, ready.codec,
+        served, setup_seconds, stages, counts, **describe_artifact(ready, counts),
+    )  # fmt: skip
+    document["output"]["padded_tokens"] = ready.plan.padded_length(len(ready.prompts[0]))
+    return document
+
+
+def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
+    """Bring model and artifact into this process."""
     stages.close("imports")
     target = choose_target(settings.shared, console)
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
-    # goes on while transformers is imported
     upload = start_upload(list_checkpoint(target.checkpoint.folder), target.device, target.dtype)
     stages.close("weights")
-    from portable_cache import generation, hits, loading
+    # late: the weights are on their way meanwhile
+    from portable_cache import generation
 
     stages.close("imports")
-    eager = settings.loading.eager
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     plan = make_plan(settings, [len(prompt) for prompt in prompts], console)
-    watch = None if eager else watch_compilation()
-    lookups = [] if eager else hits.watch_lookups()
-    loaded = load(settings, target, plan, watch, console)
+    compiler = None if settings.loading.eager else open_compiler(settings, target, plan, console)
     stages.close("artifact")
-    attention = generation.STOCK_ATTENTION if eager else generation.attention.NAME
-    model = generation.make_model(target, upload.wait(), attention)
+    attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
+    tensors = upload.wait()
+    model = generation.make_model(target, tensors, attention)
     generation.configure_generation(
         model,
         plan.flags,
@@ -68,37 +118,15 @@ def run(settings: RunSettings, console: Console) -> dict:
         () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids,
         padding_token_id(codec, target.checkpoint),
         settings.sampling,
-        eager,
+        eager=compiler is None,
     )
-    cache = None if eager else generation.make_cache(model, plan.flags, plan.slots)
+    cache = generation.make_cache(model, plan.flags, plan.slots) if compiler else None
     stages.close("weights")
-    wanted = settings.loading.precompile
-    ahead = loading.use_decode_step(loaded, plan.slots, wanted, model, cache, console)
-    if not (eager or ahead):
-        generation.import_compiler()
-    stages.close("compile")
-    setup_seconds = stages.elapsed()
-    generate = generation.make_generate(model, cache, settings.shared.seed, plan.padded_length)
-    printer = Printer(settings.prompt, codec)
-    served = serve_requests(generate, prompts, target, stages, printer, console)
-    counts = read_counts(watch)
-    document = run_document(
-        APPROACH,
-        mode_of(settings.loading),
-        config_of(settings),
-        target,
-        codec,
-        served,
-        setup_seconds,
-        stages,
-        counts,
-        artifact=loaded and loaded.as_json() | {"precompiled": ahead, "slots": plan.slots},
-        graphs=[{"cache": one.cache, "key": one.key, "hit": one.hit} for one in lookups],
-        misses=hits.missed(lookups, loaded.lookups if loaded else [])
-        + hits.made_anew(counts, compiled_kernels(watch) if watch else []),
+    ahead = compiler is not None and use_decode_step(
+        settings, compiler, plan, model, cache, console
     )
-    document["output"]["padded_tokens"] = plan.padded_length(len(prompts[0]))
-    return document
+    stages.close("compile")
+    return Ready(target, tensors, codec, prompts, plan, compiler, model, cache, ahead)
 
 
 def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Plan:
@@ -116,26 +144,25 @@ def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Pl
     return Plan(flags, buckets, needed, shortest_that_holds(flags, needed))
 
 
-def load(
-    settings: RunSettings, target: Target, plan: Plan, watch: Watch | None, console: Console
-) -> "loading.Loaded | None":
-    """Load the artifact as the flags say: must, must not, or if it can be."""
-    from portable_cache import bundle, loading
+def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Console) -> Compiler:
+    """Set the compiler up, and load the artifact: must, must not, or if it can be."""
+    from portable_cache import bundle, hits, loading
 
-    wanted, pair = settings.loading.load_artifacts, settings.files.pair()
-    if watch is None:
-        return None
+    bundle.check_caches_are_on()
     bundle.configure()
+    watch, lookups = watch_compilation(), hits.watch_lookups()
+    wanted, pair = settings.loading.load_artifacts, settings.files.pair()
     if wanted is False:
-        return None
+        return Compiler(watch, lookups, None)
     try:
         check_length(plan, pair)
-        return loading.load_artifact(pair, target, plan.flags, settings.trust, watch, console)
+        loaded = loading.load_artifact(pair, target, plan.flags, settings.trust, watch, console)
     except ScriptError as error:
         if wanted or settings.loading.require_hit:
             raise
         console.warn(f"{error}; compiling instead")
-        return None
+        loaded = None
+    return Compiler(watch, lookups, loaded)
 
 
 def check_length(plan: Plan, pair: ArtifactPair) -> None:
@@ -145,6 +172,43 @@ def check_length(plan: Plan, pair: ArtifactPair) -> None:
             f"has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
             "--max-cache-len"
         )
+
+
+def use_decode_step(
+    settings: RunSettings,
+    compiler: Compiler,
+    plan: Plan,
+    model: "PreTrainedModel",
+    cache: "Cache",
+    console: Console,
+) -> bool:
+    """Return whether `generate` has a decode step from the artifact; else it will trace."""
+    from portable_cache import generation, loading
+
+    wanted = settings.loading.precompile
+    if loading.use_decode_step(compiler.loaded, plan.slots, wanted, model, cache, console):
+        return True
+    generation.import_compiler()
+    return False
+
+
+def describe_artifact(ready: Ready, counts: dict[str, int | None]) -> dict:
+    """Return what was loaded, what was looked up, and what did not hit."""
+    compiler = ready.compiler
+    if compiler is None:
+        return {"artifact": None, "graphs": [], "misses": []}
+    from portable_cache import hits
+
+    loaded = compiler.loaded
+    used = {"precompiled": ready.precompiled, "slots": ready.plan.slots}
+    missed = hits.missed(compiler.lookups, loaded.lookups if loaded else [])
+    return {
+        "artifact": loaded.as_json() | used if loaded else None,
+        "graphs": [
+            {"cache": one.cache, "key": one.key, "hit": one.hit} for one in compiler.lookups
+        ],
+        "misses": missed + hits.made_anew(counts, compiled_kernels(compiler.watch)),
+    }
 
 
 def mode_of(flags: LoadFlags) -> str:
