@@ -23,7 +23,7 @@ _ARCHITECTURE = (
     "hidden_act",
     "max_position_embeddings",
 )
-_FILES = ("*.json", "*.safetensors", "*.jinja")
+_FILES = ["*.json", "*.safetensors", "*.jinja"]
 _PRESETS_FOLDER = Path(__file__).resolve().parents[1] / "artifacts" / "checkpoints"
 
 

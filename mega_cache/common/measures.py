@@ -1,6 +1,5 @@
 """What is measured: names in tables and in JSON, units, and how each follows from timings."""
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +126,7 @@ def summarize(values: Iterable[float | None]) -> dict | None:
     if not known:
         return None
     return {
-        "mean": statistics.fmean(known),
+        "mean": sum(known) / len(known),
         "min": min(known),
         "max": max(known),
         "n": len(known),
@@ -143,7 +142,7 @@ def ratio(above: dict | None, below: dict | None) -> float | None:
 
 def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
-    return statistics.fmean(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -4,8 +4,9 @@ matplotlib is an optional extra: it is asked for before the trials run, not afte
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import EnvironmentProblemError, UsageError
 
@@ -40,7 +41,7 @@ def draw(document: dict, path: Path | None) -> None:
     from matplotlib.figure import Figure
 
     latencies = mean_latencies(document)
-    panels = [(_draw_starts, starts)]
+    panels: list[tuple[Callable, Any]] = [(_draw_starts, starts)]
     # compare serves one request a trial: nothing to show over the run
     if any(len(seconds) > 1 for seconds in latencies.values()):
         panels.append((_draw_latencies, latencies))
@@ -124,7 +125,8 @@ def _draw_starts(axes: "Axes", starts: dict[str, dict[str, float]]) -> None:
             text.set_bbox(box if text.get_text() else None)
         for mode, value in zip(modes, seconds, strict=True):
             left[mode] += value
-    axes.bar_label(bars, [f" {left[mode]:.2f} s" for mode in modes], padding=4, fontweight="bold")
+    for mode in modes:
+        axes.text(left[mode], mode, f"  {left[mode]:.2f} s", va="center", fontweight="bold")
     axes.set(xlabel="seconds since process start", xlim=(0, longest * 1.14))
     axes.set_title("Cold start to the first token, by stage", loc="left", fontsize=11)
     axes.invert_yaxis()

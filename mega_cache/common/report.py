@@ -1,7 +1,6 @@
 """Result files, and the tables and lines that are printed from the very same dictionaries."""
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -46,9 +45,12 @@ def gpu_environment() -> dict[str, Any]:
 
 def package_version(name: str) -> str | None:
     """Return an installed package's version without importing it, or None."""
+    # imported here: --help does without its 50 ms
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return version(name)
+    except PackageNotFoundError:
         return None
 
 

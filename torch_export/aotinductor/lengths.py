@@ -9,9 +9,9 @@ from typing import Any
 
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
 from common.artifacts import peek_manifest
-from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError
+from common.errors import ArtifactDamagedError, UsageError
 from common.flags import DEVICES, DTYPES, SharedFlags
-from common.manifest import describe, differences
+from common.manifest import differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
 
@@ -133,18 +133,14 @@ def find_plan(settings: RunSettings) -> Plan:
     They only choose padding, device and dtype, so unlike the package itself they need no trust.
     Flags that disagree with the metadata are an error, or, for a graph compiled at runtime, win.
     """
-    files = settings.files
-    manifest = peek_manifest(files.pair())
+    manifest = peek_manifest(settings.files.pair())
     if manifest is None or manifest.approach != APPROACH:
         return Plan(override(settings.shape), {})
     built = manifest.recipe
     given = {name: value for name, value in asdict(settings.shape).items() if value is not None}
     found = differences(built, given, given)
-    if found and settings.mode == "load":
-        raise ArtifactMismatchError(
-            f"{files.package_path} was built for something else: {describe(found)}; "
-            "rebuild it with ./build.sh and the same flags, or run with the build's"
-        )
+    if settings.mode == "load":
+        raise_if_different(settings.files.package_path, found)
     bounds = override(settings.shape) if found else parse_bounds(built)
     return Plan(bounds, built, manifest.model.get("dtype"))
 

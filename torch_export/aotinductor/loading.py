@@ -28,7 +28,7 @@ from aotinductor.recipe import find_differences
 from common.artifacts import ArtifactPair, open_verified
 from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, EnvironmentProblemError
-from common.manifest import Manifest, describe, differences
+from common.manifest import Manifest, describe, differences, raise_if_different
 from common.report import gpu_environment
 from common.stopwatch import Stages
 from common.target import Target, synchronize
@@ -69,11 +69,7 @@ def load_package(
     """
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
-        if found := find_differences(manifest, target):
-            raise ArtifactMismatchError(
-                f"{pair.path} was built for something else: {describe(found)}; "
-                "rebuild it with ./build.sh and the same flags, or run with the build's"
-            )
+        raise_if_different(pair.path, find_differences(manifest, target))
         for difference in differences(manifest.environment, gpu_environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         if manifest.recipe != plan.built:

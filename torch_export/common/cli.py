@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
+_FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
+
+
 class Console:
     """Results on stdout, all else on stderr; `quiet` keeps warnings and results only."""
 
@@ -209,6 +212,8 @@ def _default_text(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value) or "none"
+    if isinstance(value, Path) and value.is_relative_to(_FOLDER):
+        return str(value.relative_to(_FOLDER))
     return "none" if value is None else str(value)
 
 

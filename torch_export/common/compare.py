@@ -101,7 +101,7 @@ def benchmark(
     _add_ratios(trials, summary)
     document = _document("benchmark", approach, found, config, trials, summary)
     if flags.sweep_prompt_lengths:
-        document["sweep"] = _run_sweep(commands, flags.sweep_prompt_lengths, console)
+        _add_sweep(document, _run_sweep(commands, flags.sweep_prompt_lengths, console))
     table = report.benchmark_table(document, shared.verbose)
     _finish(document, table, report.benchmark_words(document), shared, results, console)
 
@@ -155,7 +155,7 @@ def _run_trials(
     order = []
     for number in range(1, count + 1):
         # every other round backwards, so that no mode always follows the same one
-        order += [(mode, number) for mode in (commands if number % 2 else reversed(commands))]
+        order += [(mode, number) for mode in (commands if number % 2 else reversed(list(commands)))]
     trials, found = [], None
     bar = console.bar(order, "trials", "trial")
     for mode, number in bar:
@@ -199,6 +199,16 @@ def _run_sweep(commands: Commands, lengths: Sequence[int], console: Console) -> 
     return entries
 
 
+def _add_sweep(document: dict, entries: list[dict]) -> None:
+    """Add the sweep; other tokens at one of its lengths are a difference like any other."""
+    document["sweep"] = entries
+    for length in dict.fromkeys(entry["prompt_length"] for entry in entries):
+        difference = _first_difference([e for e in entries if e["prompt_length"] == length])
+        if difference is not None and document["difference"] is None:
+            document["outputs_identical"] = False
+            document["difference"] = f"at a prompt of {length} tokens {difference}"
+
+
 def _sweep_entry(outcome: Outcome) -> dict:
     document = outcome.document if outcome.ok else None
     requests = document["requests"] if document else []
@@ -208,7 +218,7 @@ def _sweep_entry(outcome: Outcome) -> dict:
         "wall_seconds": outcome.wall_seconds,
         "ttft_seconds": requests[-1]["ttft_seconds"] if requests else None,
         "seconds_per_token": decode_seconds_per_token([Request(**one) for one in requests]),
-        "token_ids": document["output"]["token_ids"] if document else None,
+        "output": document["output"] if document else None,
         "recompiles": document["compile"].get("recompiles") if document else None,
         "requests": requests,
     }

@@ -5,7 +5,6 @@ there on takes the very path that a downloaded model takes. Its text is noise; i
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -79,8 +78,11 @@ def is_preset(model_id: str) -> bool:
 
 def folder_name(preset: str) -> str:
     """Return a name that changes with everything that shapes the checkpoint's files."""
+    # imported here: --help does without its 50 ms
+    from importlib.metadata import version
+
     # transformers 5 writes the rope settings under a name that 4 does not read
-    writer = importlib.metadata.version("transformers").partition(".")[0]
+    writer = version("transformers").partition(".")[0]
     text = json.dumps([RECIPE, writer, CONFIGS[preset]], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{preset.replace(':', '-')}-{digest}"

@@ -138,8 +138,6 @@ def _render(template: str, prompt: str, settings: dict[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.globals["raise_exception"] = _raise_template_error
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     tokens = {
         name: _token_text(settings[name])
@@ -147,7 +145,11 @@ def _render(template: str, prompt: str, settings: dict[str, Any]) -> str:
         if settings.get(name) is not None
     }
     messages = [{"role": "user", "content": prompt}]
-    return environment.from_string(template).render(
+    helpers = {
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "raise_exception": _raise_template_error,
+    }
+    return environment.from_string(template, globals=helpers).render(
         messages=messages, add_generation_prompt=True, tools=None, **tokens
     )
 

@@ -14,12 +14,11 @@ TOKEN = "hf_aVerySecretTokenOfATest"
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"
 PROGRAM = f"""
 import sys
-from pathlib import Path
 sys.path.insert(0, {str(FOLDER)!r})
 from common.checkpoints import resolve_checkpoint
-from common.console import Console
+from common.cli import Console
 from common.errors import run_script
-run_script(lambda argv: resolve_checkpoint(argv[0], Path("presets"), Console(True)))
+run_script(lambda argv: resolve_checkpoint(argv[0], Console(True)))
 """
 # how the real Hub answers
 REFUSALS = {
