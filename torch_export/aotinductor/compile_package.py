@@ -89,16 +89,6 @@ def inductor_options(embed_weights: bool, max_autotune: bool) -> dict[str, objec
     return options
 
 
-def decode_options(device: str, max_autotune: bool) -> dict[str, object]:
-    """Inductor options for a one-token graph.
-
-    On CUDA `coordinate_descent_tuning` turns a matrix times one row into a generated reduction,
-    which reads the weights at bandwidth and takes the neighbouring elementwise work along:
-    the recipe of gpt-fast.
-    """
-    return {"coordinate_descent_tuning": True} if device == "cuda" and max_autotune else {}
-
-
 def list_constants(exported_programs) -> list[Constant]:
     """Return every constant of the programs once. Raises ValueError where two graphs differ."""
     found: dict[str, Constant] = {}

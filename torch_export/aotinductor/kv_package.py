@@ -33,22 +33,18 @@ def compile_kv_package(
 ) -> dict:
     """Write `path` with the models `prefill` and `decode`; return the metadata's `details`."""
     cache = CacheShape.of(model.config, slots)
-    device = model.device.type
-    splits = kv_graphs.default_splits(device, cache)
     programs = {
         "prefill": compile_package.Program(
             kv_graphs.export_prefill(model, cache, bounds, example_seq_len)
         ),
         "decode": compile_package.Program(
-            kv_graphs.export_decode(model, cache, splits),
-            compile_package.decode_options(device, max_autotune),
+            kv_graphs.export_decode(model, cache), kv_graphs.decode_options(model.device.type)
         ),
     }
     constants = compile_package.compile_package(path, programs, embed_weights, max_autotune)
     return {
         "graphs": list(programs),
         "cache": asdict(cache),
-        "attention_splits": splits,
         "rope": kv_graphs.rope_recipe(model),
         "constants": [asdict(constant) for constant in constants],
     }

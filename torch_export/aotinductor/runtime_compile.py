@@ -63,14 +63,16 @@ class RuntimeCompiler:
 
     def _compile_kv(self, model: "PreTrainedModel", plan: Plan) -> Generator:
         cache = CacheShape.of(model.config, plan.slots)
-        splits = kv_graphs.default_splits(model.device.type, cache)
         # without Inductor's own CUDA graphs: the generator captures decode, as of a package
         mode = "max-autotune-no-cudagraphs" if self.max_autotune else "default"
         prefill = torch.compile(
             kv_graphs.PrefillGraph(model), fullgraph=True, dynamic=self._dynamic(plan), mode=mode
         )
         decode = torch.compile(
-            kv_graphs.DecodeGraph(model, splits), fullgraph=True, dynamic=False, mode=mode
+            kv_graphs.DecodeGraph(model),
+            fullgraph=True,
+            dynamic=model.device.type == "cpu",  # there the length in use changes its shapes
+            mode=mode,
         )
         details = {"cache": asdict(cache), "rope": kv_graphs.rope_recipe(model)}
         graphs = [_AsModel(prefill), _AsModel(decode)]
