@@ -1,4 +1,4 @@
-"""Greedy generation with a package's `prefill` and `decode` over one static KV cache.
+"""Generation with a package's `prefill` and `decode` over one static KV cache.
 
 On CUDA the host does not wait for a token before it asks for the next: decode's inputs live on the
 device and the graph advances them itself. Tokens come back through page-locked memory, LAG steps
@@ -14,6 +14,7 @@ import torch
 from aotinductor.base_generation import Prompt
 from aotinductor.kv_cache import CacheShape
 from aotinductor.package_loader import Model
+from aotinductor.sampling import Sampler
 from common.devices import synchronize
 from common.measures import Request
 
@@ -115,11 +116,12 @@ class Generator:
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[int], None] | None = None,
+        sampler: Sampler | None = None,
     ) -> list[int]:
         """Return the new token ids, a stop id included. `on_token` gets each one as it arrives.
 
-        The last new token needs no slot; a request that does not fit is a ValueError, at once or
-        when the cache is full.
+        Greedy without a sampler: the graphs choose. The last new token needs no slot; a request
+        that does not fit is a ValueError, at once or when the cache is full.
         """
         # (max_new_tokens,); page-locked, or the copies below would wait for the device
         arrived = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=self.on_cuda)
@@ -129,6 +131,8 @@ class Generator:
         for step in range(max_new_tokens + lag):
             if step < max_new_tokens:
                 self.prefill(prompt, padded) if step == 0 else self.decode()
+                if sampler is not None:
+                    self.token.copy_(sampler.draw(self.logits))
                 events.append(self.send_token(arrived, step))
             # The first token is waited for at once: time to first token is what a user sees.
             while len(tokens) < len(events) and (len(tokens) == 0 or len(tokens) <= step - lag):
