@@ -1,4 +1,4 @@
-"""Which sequence lengths a base graph takes, and what a sequence is padded to.
+"""Which sequence lengths the graphs take, what a sequence is padded to, and what a run asks for.
 
 A loaded package checks nothing: a length it was not exported for ends in a size error from inside a
 kernel, or in no error at all. So everything is checked here, before the call.
@@ -7,8 +7,11 @@ kernel, or in no error at all. So everything is checked here, before the call.
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from aotinductor.flags import ExpectedShapeFlags, ShapeFlags
+from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
+from common.artifacts import peek_manifest
 from common.errors import ArtifactDamagedError, UsageError
+from common.flags import DEVICES, DTYPES, SharedFlags
+from common.manifest import differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
 
@@ -89,6 +92,57 @@ def override(flags: ExpectedShapeFlags) -> Bounds:
         return make_bounds(replace(ShapeFlags(), **given))
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How this run serves a request: within which lengths, and as which package was built.
+
+    `built` is the recipe of the package at hand and `dtype` its weights', {} and None without one.
+    """
+
+    bounds: Bounds
+    built: dict[str, Any]
+    dtype: str | None = None
+
+    @property
+    def slots(self) -> int | None:
+        """Return the KV cache's slots, or None for the base graph."""
+        return self.built.get("max_cache_len") if self.built.get("kv_cache") else None
+
+    def check_request(self, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool) -> None:
+        """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
+        if self.slots is None:
+            check_request(self.bounds, prompt_tokens, max_new_tokens)
+        else:
+            check_kv_request(self.bounds, self.slots, prompt_tokens, max_new_tokens, bucket_pad)
+
+    def fill_in(self, shared: SharedFlags) -> SharedFlags:
+        """Return the flags with the package's device and dtype where the user left them open."""
+        device, dtype = self.built.get("device"), self.dtype
+        return replace(
+            shared,
+            device=device if shared.device == "auto" and device in DEVICES else shared.device,
+            dtype=dtype if shared.dtype == "auto" and dtype in DTYPES else shared.dtype,
+        )
+
+
+def find_plan(settings: RunSettings) -> Plan:
+    """Return the sequence lengths of this run, and the recipe of the package at hand.
+
+    They only choose padding, device and dtype, so unlike the package itself they need no trust.
+    Flags that disagree with the metadata are an error, or, for a graph compiled at runtime, win.
+    """
+    manifest = peek_manifest(settings.files.pair())
+    if manifest is None or manifest.approach != APPROACH:
+        return Plan(override(settings.shape), {})
+    built = manifest.recipe
+    given = {name: value for name, value in asdict(settings.shape).items() if value is not None}
+    found = differences(built, given, given)
+    if settings.mode == "load":
+        raise_if_different(settings.files.package_path, found)
+    bounds = override(settings.shape) if found else parse_bounds(built)
+    return Plan(bounds, built, manifest.model.get("dtype"))
 
 
 def check_request(bounds: Bounds, prompt_tokens: int, max_new_tokens: int) -> None:

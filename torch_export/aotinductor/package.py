@@ -72,9 +72,7 @@ def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stor
     found = {}
     for constant in constants:
         if constant.values is None:
-            one = Stored(
-                constant.name, path, constant.torch_dtype, constant.shape, constant.offset
-            )
+            one = Stored(constant.name, path, constant.torch_dtype, constant.shape, constant.offset)
             if not 0 <= one.begin <= size - one.nbytes:
                 raise ValueError(f"{one.name} is not in the package")
             found[one.name] = one

@@ -64,3 +64,6 @@ class Pairing:
 
     def eager(self, prompt):
         return eager_generation.serve(self.model, prompt)[1]
+
+    def eager_request(self, prompt):
+        return eager_generation.serve(self.model, prompt)[0]
