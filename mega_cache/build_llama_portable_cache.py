@@ -17,7 +17,6 @@ from common.cli import parse_flags, to_argv
 from common.console import Console
 from common.errors import run_script
 from common.flags import SharedFlags
-from common.trust import SignFlags, check_sign_key
 from portable_cache.flags import APPROACH, CHECKPOINTS, BuildFlags, CacheFileFlags, CompileFlags
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ class Settings:
     lengths: BuildFlags
     compilation: CompileFlags
     files: CacheFileFlags
-    signing: SignFlags
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,7 +48,6 @@ def main(argv: Sequence[str]) -> None:
     from common.results import write_json
     from common.trials import private_compiler_caches
 
-    check_sign_key(settings.signing.sign_key)
     pair = settings.files.pair()
     with private_compiler_caches():
         check_target(pair, NEEDED_BYTES)
@@ -106,13 +103,11 @@ def build(settings: Settings, console: Console) -> dict:
                 "decode_steps": {slots: step.contract for slots, step in steps.items()},
                 "graphs": [asdict(graph) for graph in watch.graphs],
             },
-            signature=None,
         )
         written = write_pair(
             settings.files.pair(),
             lambda path: path.write_bytes(saved.blob),
             lambda record: replace(manifest, file=record),
-            settings.signing.sign_key,
         )
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
 

@@ -24,7 +24,6 @@ from common.cli import parse_flags
 from common.console import Console
 from common.errors import run_script
 from common.flags import SharedFlags
-from common.trust import SignFlags, check_sign_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +47,6 @@ class Settings:
     shape: ShapeFlags
     compilation: CompileFlags
     files: PackageFileFlags
-    signing: SignFlags
 
     def __post_init__(self):
         slots = self.graph.slots(self.shape)
@@ -73,7 +71,6 @@ def main(argv: Sequence[str]) -> None:
     from common.results import write_json
     from common.trials import private_compiler_caches
 
-    check_sign_key(settings.signing.sign_key)
     with private_compiler_caches(), building(settings.files.pair(), console):
         document = build(settings, console)
     write_json(document, settings.shared.json)
@@ -124,7 +121,6 @@ def build(settings: Settings, console: Console) -> dict:
         settings.files.pair(),
         lambda path: details.update(produce(path, settings, target, stages, console)),
         describe,
-        settings.signing.sign_key,
     )
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
 

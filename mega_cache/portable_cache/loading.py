@@ -7,7 +7,7 @@ from common.artifacts import ArtifactPair, open_verified, peek_manifest, read_bl
 from common.compile_evidence import GraphLookup, parse_graphs, watch_compilation
 from common.console import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import Manifest, describe, differences
+from common.manifest import Manifest, describe, differences, raise_if_different
 from common.results import environment
 from common.targets import Target
 from common.trust import TrustFlags
@@ -62,11 +62,7 @@ def load_artifact(
             recipe(compilation, (), target.device),
             padded_length,
         )
-        if found:
-            raise ArtifactMismatchError(
-                f"{pair.path} was built for something else: {describe(found)}; "
-                "rebuild it with ./build.sh and the same flags, or run with the build's"
-            )
+        raise_if_different(pair.path, found)
         for difference in differences(manifest.environment, environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         blob = read_blob(verified)

@@ -1,7 +1,7 @@
 """Results of the true shape from invented timings: everything but the processes is real."""
 
 from common import comparison, sweep
-from common.console import Console
+from common.cli import Console
 from common.measures import COUNTERS, Request, run_metrics
 from common.trials import Outcome
 

@@ -14,7 +14,7 @@ from common.errors import (
     ArtifactMismatchError,
     EnvironmentProblemError,
 )
-from common.manifest import Manifest, describe, differences
+from common.manifest import Manifest, describe, differences, raise_if_different
 from common.results import gpu_environment
 from common.targets import Target
 from common.trust import TrustFlags
@@ -56,11 +56,7 @@ def load_package(
     """Check the package against this run, then load it; any doubt is an error of its own kind."""
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
-        if found := find_differences(manifest, target):
-            raise ArtifactMismatchError(
-                f"{pair.path} was built for something else: {describe(found)}; "
-                "rebuild it with ./build.sh and the same flags, or run with the build's"
-            )
+        raise_if_different(pair.path, find_differences(manifest, target))
         for difference in differences(manifest.environment, gpu_environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         if manifest.recipe != plan.built:

@@ -13,8 +13,7 @@ from aotinductor.bounds import (
 from aotinductor.fingerprint import weights_fingerprint
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, GraphFlags, PackageFileFlags
 from common.artifacts import ArtifactPair, peek_manifest
-from common.errors import ArtifactMismatchError
-from common.manifest import Difference, Manifest, describe, differences
+from common.manifest import Difference, Manifest, differences, raise_if_different
 from common.targets import Target
 from common.versions import package_version
 from common.weights import list_checkpoint
@@ -127,11 +126,8 @@ def find_plan(files: PackageFileFlags, expected: ExpectedShapeFlags, loading: bo
     built = _read_recipe(files.pair())
     given = {name: value for name, value in asdict(expected).items() if value is not None}
     found = differences(built, given, given) if built else []
-    if found and loading:
-        raise ArtifactMismatchError(
-            f"{files.package_path} was built for something else: {describe(found)}; "
-            "rebuild it with ./build.sh and the same flags, or run with the build's"
-        )
+    if loading:
+        raise_if_different(files.package_path, found)
     return Plan(override(expected) if found or not built else parse_bounds(built), built)
 
 
