@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script of its own
 
 from common.cli import Console, config_of, parse_flags
+from common.driver import open_driver
 from common.errors import run_script
 from common.flags import FLOOR, SharedFlags
 from common.measures import run_metrics
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
 def run(shared: SharedFlags, console: Console) -> dict:
     """Bring the bytes to the device, then measure its copy bandwidth; return the run's result."""
     stages = Stages(process_start())
+    open_driver(shared.device)
     import torch
 
     from common.target import choose_target, synchronize
@@ -83,15 +85,15 @@ def run(shared: SharedFlags, console: Console) -> dict:
 
 def bring_weights(folder: Path, device: "torch.device") -> int:
     """Bring the data of all safetensors files of `folder` to `device`; return its bytes."""
-    from common.weights import list_checkpoint, upload
+    from common.weights import list_checkpoint, start_upload
 
     stored = list_checkpoint(folder)
     if device.type == "cuda":
-        upload(stored, device)
+        start_upload(stored, device).wait()
     else:
         for path in {tensor.path for tensor in stored.values()}:
             path.read_bytes()
-    return sum(tensor.end - tensor.begin for tensor in stored.values())
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def copy_rates(device: "torch.device") -> list[float]:
