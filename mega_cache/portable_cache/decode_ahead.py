@@ -207,8 +207,8 @@ def _torch_compile_ahead(
     from torch._dynamo import config
 
     backend = _torch_static_inductor()("default", options, False)
-    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch would
-    # record the step among the graphs too, under a key that nothing looks up (1 MB a length)
+    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+    # would record the step among the graphs too, under a key that nobody looks up (1 MB a length)
     with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
         compiled = torch._dynamo.optimize(
             backend=backend,
@@ -264,29 +264,36 @@ def _torch_load_function(data: bytes) -> Any:
     from torch._inductor import config
 
     # deserialisation reads the global setting, whatever the step was compiled with
-    with config.patch({"triton.cudagraphs": False}), _without_the_code_generator():
+    with config.patch({"triton.cudagraphs": False}), _without_the_compiler():
         return torch.compiler.load_compiled_function(io.BytesIO(data)).fn
 
 
 @contextmanager
-def _without_the_code_generator() -> Iterator[None]:
-    """Spare a load the import of Inductor's code generator (1 s).
+def _without_the_compiler() -> Iterator[None]:
+    """Spare a load what it asks of the compiler and never uses.
 
-    A hit in the FX graph cache (FxGraphCache.cache_hit_post_compile, 2.9 to 2.13) imports it to ask
-    for one attribute, a hook of torch's own tests. A module that takes more than a look at the
-    stand-in gets the real class afterwards, so the process can compile whatever it wants later.
+    FxGraphCache.cache_hit_post_compile imports Inductor's code generator (1 s) to look at one attribute, a hook of torch's own
+    tests, and starts Triton's driver and ptxas for the key of a cache that only Meta has. Whoever
+    takes more than a look at the stand-in gets the real class afterwards, so that the process can
+    compile whatever it wants later. The same on 2.9 to 2.13.
     """
+    from torch._inductor.runtime import autotune_cache
+
     name = "torch._inductor.graph"
-    if name in sys.modules:
-        yield
-        return
-    stand_in = types.SimpleNamespace(save_output_code=None)
-    sys.modules[name] = module = types.ModuleType(name)
-    module.GraphLowering = stand_in
+    stand_in = types.ModuleType(name)
+    stand_in.GraphLowering = types.SimpleNamespace(save_output_code=None)
+    module = sys.modules.setdefault(name, stand_in)
+    has_triton, autotune_cache.has_triton = autotune_cache.has_triton, lambda: False
     try:
         yield
     finally:
-        del sys.modules[name]
-        holders = [m for m in [*sys.modules.values()] if vars(m).get("GraphLowering") is stand_in]
-        for holder in holders:
-            holder.GraphLowering = importlib.import_module(name).GraphLowering
+        autotune_cache.has_triton = has_triton
+        if module is stand_in:
+            del sys.modules[name]
+            _replace_everywhere("GraphLowering", stand_in.GraphLowering, name)
+
+
+def _replace_everywhere(attribute: str, stand_in: Any, real_module: str) -> None:
+    holders = [m for m in [*sys.modules.values()] if vars(m).get(attribute) is stand_in]
+    for holder in holders:
+        setattr(holder, attribute, getattr(importlib.import_module(real_module), attribute))
