@@ -9,14 +9,15 @@ import pytest
 from helpers import FOLDER, run_command
 
 UNKNOWN = "--a-flag-that-no-script-has"
-BLOCKS = re.compile(r"^```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def commands_in(readme: Path, prefix: str) -> list[str]:
     """Return the commands of this folder's wrappers in a README's blocks, without comments."""
     if not readme.exists():  # the folder was copied alone
         return []
-    lines = "".join(BLOCKS.findall(readme.read_text())).replace("\\\n", " ").splitlines()
+    blocks = [text for language, text in BLOCKS.findall(readme.read_text()) if not language]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.partition(" #")[0].split("&&")]
     wrapper = re.compile(rf"{re.escape(prefix)}(\w+\.sh\b.*)")
     return [found[1] for part in parts if (found := wrapper.fullmatch(part))]
