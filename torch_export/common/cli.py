@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+
 _FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
 
 
