@@ -131,7 +131,7 @@ def _as_script_error(error: Exception, place: object = None) -> ScriptError:
             f"no space left to write {place}: {text}: make room or choose another path"
         )
     if number in _NOT_PERMITTED:
-        return EnvironmentProblemError(f"not permitted: {place}: {error.strerror}")
+        return EnvironmentProblemError(f"not permitted: {place}: {os.strerror(number)}")
     if type(error).__name__ == "OutOfMemoryError":
         return EnvironmentProblemError(f"out of device memory: {text}")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

@@ -13,11 +13,13 @@ import hashlib
 import os
 import resource
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +36,6 @@ from common.manifest import (
     MAX_BYTES,
     Manifest,
     dump_manifest,
-    in_rehearsal,
     parse_manifest,
     raise_if_different,
     rehearsal_differences,
@@ -137,8 +138,6 @@ def write_pair(
             with writing(pair.path):
                 record = _flush(produced)
             manifest = make_manifest(record)
-            if in_rehearsal():
-                manifest = replace(manifest, environment=manifest.environment | {"rehearsal": True})
             metadata = dump_manifest(manifest)
             with writing(pair.path):
                 _replace_pair(pair, produced, metadata)
@@ -196,7 +195,11 @@ def _flush(produced: Path) -> dict:
     with open(produced, "rb") as file:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-        return {"bytes": size, "sha256": content_digest(file.fileno(), size)}
+        return {
+            "bytes": size,
+            "sha256": content_digest(file.fileno(), size),
+            "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        }
 
 
 def _replace_pair(pair: ArtifactPair, produced: Path, metadata: str) -> None:
@@ -370,9 +373,9 @@ def _missing(what: str, path: Path) -> str:
 
 def _open_regular(path: Path) -> BinaryIO:
     """Return a regular file opened; a missing one is FileNotFoundError, another kind damage."""
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for its writer
-        raise ArtifactDamagedError(f"{path} is no regular file, expected one: {_REBUILD}")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would wait for its writer
+            raise ArtifactDamagedError(f"{path} is no regular file, expected one: {_REBUILD}")
         return open(path, "rb")
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from None

@@ -13,7 +13,7 @@ from common.errors import ArtifactDamagedError, ArtifactMismatchError
 
 SCHEMA = 2
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
-# set to 1 in a process whose GPU computes nothing: what it builds is for rehearsals only
+# set in processes whose GPU computes nothing: what they make must never meet a real one
 REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
 # in the file only: of all the rest, so that a flipped digit is found even where any digit is valid
 _OWN_DIGEST = "metadata_sha256"
@@ -29,7 +29,7 @@ class Manifest:
     model: dict  # id, revision (or None), config_digest, dtype
     environment: dict  # of the build: name -> text, number or None
     recipe: dict  # flag name -> its value at the build
-    file: dict  # bytes: int, sha256: see artifacts.content_digest
+    file: dict  # bytes: int; sha256: as artifacts.content_digest says; written: UTC, ISO 8601
     build_seconds: float
     details: dict  # what else the approach wants to remember, JSON
 
@@ -79,7 +79,7 @@ def rehearsal_differences(manifest: Manifest) -> list[Difference]:
 
 
 def in_rehearsal() -> bool:
-    return os.environ.get(REHEARSAL_VARIABLE) == "1"
+    return bool(os.environ.get(REHEARSAL_VARIABLE))
 
 
 def raise_if_different(path: Path, found_differences: list[Difference]) -> None:

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.manifest import in_rehearsal
 from common.measures import BRIEF_COUNTERS, COMPARED, COUNTERS, MEASURES
 
 SCHEMA = 1
-# set for processes whose GPU computes nothing: what they make must never meet a real one
-REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
 
 # ---- the machine and the stack -----------------------------------------------------------
 
@@ -26,7 +25,7 @@ def environment() -> dict[str, Any]:
 
     Imports nothing new: a process that has no torch yet gets the GPU's fields as None.
     """
-    rehearsal = {"rehearsal": True} if os.environ.get(REHEARSAL_VARIABLE) else {}
+    rehearsal = {"rehearsal": True} if in_rehearsal() else {}
     return gpu_environment() | _stack() | rehearsal
 
 

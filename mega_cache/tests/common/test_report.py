@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import report
+from common.manifest import REHEARSAL_VARIABLE
 from common.measures import MEASURES, Request, run_metrics, summarize, with_wall_time
 from common.stopwatch import Stages, process_start
 
@@ -81,5 +82,5 @@ def test_stages_add_up_to_the_wall_time_without_what_hid_behind_them():
 
 def test_a_rehearsal_says_so(monkeypatch):
     assert "rehearsal" not in report.environment()
-    monkeypatch.setenv(report.REHEARSAL_VARIABLE, "1")
+    monkeypatch.setenv(REHEARSAL_VARIABLE, "1")
     assert report.environment()["rehearsal"] is True

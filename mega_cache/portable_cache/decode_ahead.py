@@ -1,10 +1,12 @@
 """Compile the decode step of `generate` ahead of time, and hand it to `generate` in a new process.
 
-Build, after the warm-up and before the bundle is saved:
-    step = export(model, cache, capture_decode_call(model, cache, prompt), compile_mode)
-    bundle.record_decode_step(step.content)     the bytes, without the weights
-Run, with `loaded` the loaded bundle:
-    install(model, load(loaded.decode_step, contract, model, cache))
+A step belongs to one KV cache length, so there is one for each, side by side.
+Build, after the warm-up and before the bundle is saved, for every cache:
+    step = export(model, cache, capture_decode_call(model, cache), compile_mode)
+    bundle.save_bundle({slots: step.content, ...})      the bytes, without the weights
+Run, with `loaded` the loaded bundle and a cache of `slots`:
+    decode = load(loaded.decode_steps[slots], contract, model, cache)
+    install(model, decode)                              before each request with that cache
 
 A loaded start traces nothing, builds no guards and runs no Inductor. Dynamo's guards are dropped at
 export: half of them cannot be written to a file (object identities). What they stood for is the
@@ -15,17 +17,23 @@ Seen on torch 2.9.1 with transformers 4.57.5 and on torch 2.13.0 with transforme
 The functions named `_torch_...` are the only ones that touch torch's private modules.
 """
 
+import importlib
 import io
 import pickle
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.compiler._cache import CacheArtifactManager
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from portable_cache import saved_graphs
 from portable_cache.decode_contract import (
     DecodeCall,
     PrecompileMismatch,
@@ -98,16 +106,19 @@ def capture_decode_call(model: "PreTrainedModel", cache: "Cache", length: int = 
 def export(model: "PreTrainedModel", cache: "Cache", call: DecodeCall, mode: str) -> ExportedStep:
     """Compile the decode step and return it without weights and cache.
 
-    Runs the step once: Triton picks its configurations at the first run, not at compilation, so the
-    bundle must be saved after this.
+    Runs the step: Triton picks its configurations at the first run, not at compilation.
     """
     step = DecodeStep(model, cache, call.constants)
-    options = _inductor_options(mode, model.device)
-    cudagraphs = bool(options.get("triton.cudagraphs", False))
+    options = _inductor_options(mode)
+    # a CUDA graph is captured around the whole step, here and at a load alike
+    cudagraphs = bool(options.pop("triton.cudagraphs", False)) and model.device.type == "cuda"
     contract = make_contract(model, cache, call, cudagraphs)
     with torch.no_grad():  # as `generate` runs it
         function = _torch_compile_ahead(step, call.tensors, options)
-        function(step, call.tensors)
+        run = partial(function, step)
+        run(call.tensors)
+        if cudagraphs:
+            GraphedStep(run, call.tensors)
     cache.reset()
     return ExportedStep(_torch_function_bytes(function), contract)
 
@@ -121,23 +132,46 @@ def load(
     """Return a decode function for `generate`, bound to this process's model and cache.
 
     `content` is code: its origin must have been checked. Raises PrecompileMismatch before any of it
-    is unpickled if it was built for something else.
+    is unpickled if it was built for something else. With CUDA graphs the first call captures one.
     """
     check_process(contract, model, cache)
-    function = _torch_load_function(content, contract["cudagraphs"])
     step = DecodeStep(model, cache, contract["constants"])
+    run = partial(_torch_load_function(content), step)
 
     def decode(**kwargs: Any) -> CausalLMOutputWithPast:
+        nonlocal run
         call = split_call(kwargs, cache)
         check_call(call, contract)
-        if contract["cudagraphs"]:
-            # torch.compile's wrapper does this at each call and a loaded function has no wrapper:
-            # without it CUDA graph trees would record every token as a new graph
-            torch.compiler.cudagraph_mark_step_begin()
-        logits = function(step, call.tensors)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        if contract["cudagraphs"] and not isinstance(run, GraphedStep):
+            run = GraphedStep(run, call.tensors)
+        return CausalLMOutputWithPast(logits=run(call.tensors), past_key_values=cache)
 
     return decode
+
+
+class GraphedStep:
+    """A decode step as one CUDA graph over the addresses of the weights, the cache and its inputs.
+
+    Inductor's own CUDA graphs do the same for steps of any shape. They import the whole code
+    generator (1.3 s of a start), and check every input's address at every token.
+    """
+
+    def __init__(self, run: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor]):
+        self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            run(self.inputs)  # what libraries set up at a first call can't be captured
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = run(self.inputs)  # (batch, 1, vocab), rewritten by every replay
+
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        for name, tensor in tensors.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.logits
 
 
 def install(model: "PreTrainedModel", decode: Callable[..., Any]) -> None:
@@ -162,12 +196,8 @@ def installed(model: "PreTrainedModel", decode: Callable[..., Any]) -> Iterator[
 # ---- torch's private modules -------------------------------------------------------------
 
 
-def _inductor_options(mode: str, device: torch.device) -> dict[str, Any]:
-    options = {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
-    if device.type != "cuda" and "triton.cudagraphs" in options:
-        # on CPU they only fill the log with the reasons for skipping them
-        options["triton.cudagraphs"] = False
-    return options
+def _inductor_options(mode: str) -> dict[str, Any]:
+    return {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
 
 
 def _torch_compile_ahead(
@@ -177,8 +207,9 @@ def _torch_compile_ahead(
     from torch._dynamo import config
 
     backend = _torch_static_inductor()("default", options, False)
-    # read when the wrapper is made: without it there is no aot_compile
-    with config.patch(enable_aot_compile=True):
+    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+    # would record the step among the graphs too, under a key that nobody looks up (1 MB a length)
+    with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
         compiled = torch._dynamo.optimize(
             backend=backend,
             nopython=True,
@@ -215,20 +246,54 @@ def _torch_static_inductor() -> type:
 
 
 def _torch_function_bytes(function: Any) -> bytes:
+    compiled = function._artifacts.compiled_fn
+    if "data" in vars(compiled):  # 2.9.1 pickles the graph when it compiles, not when it is asked
+        compiled.data = saved_graphs.repickle(compiled.data)
+    with saved_graphs.load_ready():
+        saved = type(function).serialize(function)
     # as save_compiled_function does; 2.9.1 returns bytes, 2.13 a result that holds them
-    saved = type(function).serialize(function)
     return saved if isinstance(saved, bytes) else saved.serialized_data
 
 
-def _torch_load_function(data: bytes, cudagraphs: bool) -> Any:
+def _torch_load_function(data: bytes) -> Any:
     """Return the loaded function, without the guard check of AOTCompiledFunction.__call__.
 
     2.9.1 keeps its GLOBAL_STATE guard whatever the filter says; `_system` has what it stood for.
-    The mode turned CUDA graphs on for one compilation, but deserialisation reads the global setting
-    (pytorch #155703; 2.9.1: BundledAOTAutogradCacheArtifact.after_deserialization, 2.13:
-    deserialize_bundled_cache_entry).
     """
+    import torch._inductor.debug  # a compiled graph asks it at every call, and 2.9.1 forgets to
     from torch._inductor import config
 
-    with config.patch({"triton.cudagraphs": cudagraphs}):
+    # deserialisation reads the global setting, whatever the step was compiled with
+    with config.patch({"triton.cudagraphs": False}), _without_the_compiler():
         return torch.compiler.load_compiled_function(io.BytesIO(data)).fn
+
+
+@contextmanager
+def _without_the_compiler() -> Iterator[None]:
+    """Spare a load what it asks of the compiler and never uses.
+
+    FxGraphCache.cache_hit_post_compile imports Inductor's code generator (1 s) to look at one attribute, a hook of torch's own
+    tests, and starts Triton's driver and ptxas for the key of a cache that only Meta has. Whoever
+    takes more than a look at the stand-in gets the real class afterwards, so that the process can
+    compile whatever it wants later. The same on 2.9 to 2.13.
+    """
+    from torch._inductor.runtime import autotune_cache
+
+    name = "torch._inductor.graph"
+    stand_in = types.ModuleType(name)
+    stand_in.GraphLowering = types.SimpleNamespace(save_output_code=None)
+    module = sys.modules.setdefault(name, stand_in)
+    has_triton, autotune_cache.has_triton = autotune_cache.has_triton, lambda: False
+    try:
+        yield
+    finally:
+        autotune_cache.has_triton = has_triton
+        if module is stand_in:
+            del sys.modules[name]
+            _replace_everywhere("GraphLowering", stand_in.GraphLowering, name)
+
+
+def _replace_everywhere(attribute: str, stand_in: Any, real_module: str) -> None:
+    holders = [m for m in [*sys.modules.values()] if vars(m).get(attribute) is stand_in]
+    for holder in holders:
+        setattr(holder, attribute, getattr(importlib.import_module(real_module), attribute))

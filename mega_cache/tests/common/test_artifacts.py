@@ -1,6 +1,7 @@
 """Artifacts on disk: replaced whole, under kills too, and verified before a byte is used."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +42,7 @@ from common.errors import (
 from common.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
 from common.trust import TrustFlags
 
-FOLDER = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 
 
@@ -105,7 +108,7 @@ def names(folder: Path) -> set[str]:
 
 def python(code: str, *arguments: object, **options) -> subprocess.Popen:
     """Start a process that has this file's helpers and runs `code`."""
-    head = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER / 'tests')!r}]\n"
+    head = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER / 'tests' / 'common')!r}]\n"
     head += "from test_artifacts import *\n"
     head += "pair = ArtifactPair(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
@@ -121,7 +124,7 @@ def test_a_written_pair_is_what_a_reader_finds(pair):
     assert pair.path.read_bytes() == content_of(1)  # a plain open works too
     assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
     record = json.loads(pair.metadata_path.read_text())["file"]
-    assert record == {"bytes": 50_000, "sha256": hashlib.sha256(content_of(1)).hexdigest()}
+    assert record["sha256"] == hashlib.sha256(content_of(1)).hexdigest()
     for path in (pair.path, pair.metadata_path):
         assert path.stat().st_mode & 0o022 == 0
 
@@ -247,8 +250,8 @@ run_script(main)
 STEPS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
 
-def write_and_die(pair: ArtifactPair, build: int, step: int) -> bool:
-    """Write in a child that kills itself before file operation `step`; return if it did."""
+def dies(step: int, work: Callable[[], object]) -> bool:
+    """Do the work in a child that kills itself before file operation `step`; return if it did."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -262,7 +265,7 @@ def write_and_die(pair: ArtifactPair, build: int, step: int) -> bool:
 
         sys.addaudithook(hook)
         try:
-            write_build(pair, build)
+            work()
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -277,7 +280,7 @@ def test_killed_before_any_file_operation_the_pair_is_old_or_new(pair, first):
             path.unlink()
         if not first:
             write_build(pair, 1)
-        died = write_and_die(pair, 2, step)
+        died = dies(step, lambda: write_build(pair, 2))
         left = names(folder)
         if first and not pair.metadata_path.exists():
             assert "no artifact" in damage(pair)
@@ -306,43 +309,45 @@ def test_killed_before_any_file_operation_the_pair_is_old_or_new(pair, first):
     )
 
 
-def write_for_ever(pair: ArtifactPair, build: int, log: Path) -> int:
-    """Return the process id of a child that writes one build after another."""
+def killed_after(seconds: float, work: Callable[[int], object], first: int, log: Path):
+    """Do the work with `first`, `first + 1`, ... in a child; kill it; return what began and ended.
+
+    The time runs from the first beginning on.
+    """
+    log.write_text("")
     child = os.fork()
     if child == 0:
         try:
             with open(log, "a", buffering=1) as lines:
-                while True:
-                    lines.write(f"begin {build}\n")
-                    write_build(pair, build)
-                    lines.write(f"end {build}\n")
-                    build += 1
+                for number in itertools.count(first):
+                    lines.write(f"begin {number}\n")
+                    work(number)
+                    lines.write(f"end {number}\n")
         finally:
             os._exit(1)
-    return child
+    while log.stat().st_size == 0:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    lines = [line.split() for line in log.read_text().splitlines()]
+    return [[int(number) for word, number in lines if word == kind] for kind in ("begin", "end")]
 
 
 def test_fifty_random_kills_lose_nothing(pair, tmp_path):
-    log = tmp_path / "log"
     write_build(pair, 0)
     chance = random.Random(6)
-    begun, found, seen = 1, 0, []
+    last, found, seen = 0, 0, []
     for _ in range(50):
-        log.write_text("")
-        child = write_for_ever(pair, begun, log)
-        while log.stat().st_size == 0:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        lines = [line.split() for line in log.read_text().splitlines()]
-        old = max((int(build) for word, build in lines if word == "end"), default=found)
-        new = max(int(build) for word, build in lines if word == "begin")
+        begun, ended = killed_after(
+            chance.uniform(0, 0.02), lambda build: write_build(pair, build), last + 1,
+            tmp_path / "log",
+        )  # fmt: skip
+        old, last = max(ended, default=found), max(begun)
         found = read_build(pair)
-        assert found in {old, new}
-        seen.append("old" if found != new else "new")
-        begun = new + 1
-    assert seen.count("old") > 5
+        assert found in (old, last)
+        seen.append(found == last)
+    assert seen.count(False) > 5
     write_build(pair, 7)
     assert pair.path.read_bytes() == content_of(7)
     assert names(tmp_path) == {"a.pt2", "a_meta.json", "log"}
@@ -352,7 +357,7 @@ def test_clearing_up_leaves_files_of_other_artifacts_alone(pair):
     folder = pair.path.parent
     other = ArtifactPair(folder / "a.pt2.copy", folder / "a_meta.json.copy")
     write_build(other, 1)
-    assert write_and_die(other, 2, 12)
+    assert dies(12, lambda: write_build(other, 2))
     strange = folder / ".a.pt2.notes"
     strange.write_bytes(b"")
     before = names(folder)
@@ -466,9 +471,12 @@ def test_the_other_approachs_artifact_is_a_mismatch(pair):
 
 def test_a_rehearsals_artifact_is_for_rehearsals_only(pair, monkeypatch):
     monkeypatch.setenv(REHEARSAL_VARIABLE, "1")
-    write_build(pair, 1)
-    assert json.loads(pair.metadata_path.read_text())["environment"]["rehearsal"] is True
-    assert read_build(pair) == 1
+    write_pair(
+        pair,
+        lambda path: path.write_bytes(content_of(0)) and None,
+        lambda record: replace(manifest_of(record), environment={"rehearsal": True}),
+    )
+    assert read_build(pair) == 0
     monkeypatch.delenv(REHEARSAL_VARIABLE)
     with pytest.raises(ArtifactMismatchError, match="rehearsal: built with true, found none"):
         opened(pair)
