@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aotinductor import kv_graphs
-from aotinductor.bounds import make_bounds
 from aotinductor.flags import ShapeFlags
 from aotinductor.kv_cache import CacheShape, rope_table
 from aotinductor.kv_generation import Generator
-from aotinductor.package_loader import open_model
+from aotinductor.lengths import make_bounds
+from aotinductor.package import open_model
 from common.errors import UsageError
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
@@ -191,11 +191,8 @@ def host_code(paths: list[str]) -> str:
 
 
 def open_bound(compiled: Compiled, name: str, model):
-    loader = open_model(compiled.package, name)
     named = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {name: named[name] for name in loader.get_constant_fqns()}
-    loader.load_constants(wanted, False, True, True)
-    return loader
+    return open_model(compiled.package, name, model.device, named)
 
 
 @pytest.fixture(scope="module")
