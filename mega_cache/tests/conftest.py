@@ -94,7 +94,7 @@ def eager_tokens(presets_folder):
     import torch
 
     from common.checkpoints import resolve_checkpoint
-    from common.console import Console
+    from common.cli import Console
     from common.models import load_model
     from common.prompts import load_codec
     from portable_cache import generation

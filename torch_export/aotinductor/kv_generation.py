@@ -6,17 +6,13 @@ behind; a stop that is seen late throws the tokens after it away, so the output 
 LAG.
 """
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from aotinductor.base_generation import Prompt
 from aotinductor.kv_cache import CacheShape
-from aotinductor.package_loader import Model
+from aotinductor.package import Model
 from aotinductor.sampling import Sampler
-from common.devices import synchronize
-from common.measures import Request
 
 # How far the host may run ahead of the tokens it has seen: enough to hide a launch, few to throw
 # away.
@@ -79,7 +75,7 @@ class Generator:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
 
         Raises ValueError if prompt or padding do not fit into the cache. That prefill takes the
-        length at all is for the caller to check (`bounds.check_kv_request`).
+        length at all is for the caller to check (`lengths.check_kv_request`).
         """
         if not 0 < len(prompt) <= padded <= self.cache.slots:
             raise ValueError(
@@ -158,21 +154,3 @@ def receive_token(arrived: torch.Tensor, event, step: int) -> int:
     if event is not None:
         event.synchronize()
     return int(arrived[step])
-
-
-@torch.no_grad()
-def serve(generator: Generator, prompt: Prompt) -> tuple[Request, list[int]]:
-    """Generate once; return the timing and the new token ids, a stop token included."""
-    first: list[float] = []
-
-    def note(token: int) -> None:
-        if not first:
-            first.append(time.monotonic())
-
-    synchronize(generator.device)
-    began = time.monotonic()
-    ids = prompt.token_ids
-    padded = prompt.padded(len(ids))
-    new_ids = generator.generate(ids, padded, prompt.max_new_tokens, prompt.stop_ids, note)
-    synchronize(generator.device)
-    return Request(time.monotonic() - began, first[0] - began, len(new_ids)), new_ids

@@ -11,7 +11,7 @@ from aotinductor.loading import load_package, server_of
 from aotinductor.recipe import Plan
 from common.artifacts import ArtifactPair
 from common.checkpoints import resolve_checkpoint
-from common.console import Console
+from common.cli import Console
 from common.manifest import parse_manifest
 from common.models import load_model
 from common.presets import CONFIGS

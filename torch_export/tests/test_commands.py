@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
 
-from common.console import Console
+from common.cli import Console
 from common.measures import MEASURES
 from common.presets import CONFIGS, materialize
 
