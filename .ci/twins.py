@@ -11,10 +11,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ORIGINAL, TWIN = (REPOSITORY / name for name in ("mega_cache", "torch_export"))
-TEST_TOOLS = tuple(
-    f"tests/{name}"
-    for name in ("tools.sh", "requirements.txt", "helpers.py", "faults.py", "test_faults.py")
-)
+_TOOLS = ("tools.sh", "requirements.txt", "helpers.py", "faults.py")
+_TESTS = ("test_faults.py", "test_readme.py", "test_what_a_user_sees.py")
+TEST_TOOLS = tuple(f"tests/{name}" for name in (*_TOOLS, *_TESTS))
 
 
 def find_differences(original: Path, twin: Path) -> list[str]:

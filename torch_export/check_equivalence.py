@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from measure import artifact_flags
-from run_llama_aotinductor import RunSettings, wants_cuda_graph
 
 from aotinductor.flags import APPROACH, CHECKPOINTS
 from common.console import Console
 from common.equivalence import EquivalenceFlags, Kind, compare_logits, main
 from common.errors import run_script
+from run_llama_aotinductor import RunSettings, wants_cuda_graph
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-
 _FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
 
 
@@ -35,7 +34,10 @@ class Console:
         print(text, flush=True)
 
     def bar(self, items: Collection[Any], label: str, unit: str):
-        """Return `items` behind a tqdm progress bar on stderr; a single item needs none."""
+        """Return `items` behind a tqdm progress bar on stderr; a single item needs none.
+
+        Used in a `with`, it leaves its line when the work is interrupted.
+        """
         # imported here: a lean start that shows no bar does not pay for tqdm
         from tqdm import tqdm
 

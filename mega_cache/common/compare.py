@@ -157,15 +157,15 @@ def _run_trials(
         # every other round backwards, so that no mode always follows the same one
         order += [(mode, number) for mode in (commands if number % 2 else reversed(list(commands)))]
     trials, found = [], None
-    bar = console.bar(order, "trials", "trial")
-    for mode, number in bar:
-        bar.set_postfix_str(mode)
-        outcome = run_trial(commands[mode])
-        trials.append({"mode": mode, counter: number, **_trial(outcome)})
-        if outcome.document is not None:
-            found = found or outcome.document["environment"]
-        if not outcome.ok:
-            console.warn(f"{mode}, {counter} {number}: {outcome.error}")
+    with console.bar(order, "trials", "trial") as bar:
+        for mode, number in bar:
+            bar.set_postfix_str(mode)
+            outcome = run_trial(commands[mode])
+            trials.append({"mode": mode, counter: number, **_trial(outcome)})
+            if outcome.document is not None:
+                found = found or outcome.document["environment"]
+            if not outcome.ok:
+                console.warn(f"{mode}, {counter} {number}: {outcome.error}")
     return trials, found
 
 
@@ -188,14 +188,15 @@ def _run_sweep(commands: Commands, lengths: Sequence[int], console: Console) -> 
     """Return one entry per mode and prompt length in tokens; a failure keeps its error."""
     modes = [mode for mode in commands if mode != FLOOR]
     entries = []
-    bar = console.bar([(mode, length) for length in lengths for mode in modes], "sweep", "length")
-    for mode, length in bar:
-        bar.set_postfix_str(f"{mode} {length}")
-        own = [f"--prompt-length={length}", f"--num-requests={_SWEEP_REQUESTS}"]
-        outcome = run_trial([*commands[mode], *own])
-        entries.append({"mode": mode, "prompt_length": length, **_sweep_entry(outcome)})
-        if not outcome.ok:
-            console.warn(f"sweep, {mode} at {length} tokens: {outcome.error}")
+    order = [(mode, length) for length in lengths for mode in modes]
+    with console.bar(order, "sweep", "length") as bar:
+        for mode, length in bar:
+            bar.set_postfix_str(f"{mode} {length}")
+            own = [f"--prompt-length={length}", f"--num-requests={_SWEEP_REQUESTS}"]
+            outcome = run_trial([*commands[mode], *own])
+            entries.append({"mode": mode, "prompt_length": length, **_sweep_entry(outcome)})
+            if not outcome.ok:
+                console.warn(f"sweep, {mode} at {length} tokens: {outcome.error}")
     return entries
 
 

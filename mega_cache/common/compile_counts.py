@@ -1,4 +1,4 @@
-"""What the compiler really did in this process: counters of torch's, and kernels compiled.
+"""What the compiler really did in this process: counters of torch's, and what was built and tuned.
 
     watch = watch_compilation()     before the first compile: imports inductor (0.8 s)
     ...
@@ -35,6 +35,15 @@ _COUNTERS = {
 # A C++ kernel is <hash>.main.so; the instruction-set probes are <hash>.so, and no kernels.
 _CPU_KERNELS = re.compile(r".*\.main\.so")
 _GPU_KERNELS = re.compile(r".*\.(cubin|hsaco|spv)")
+# C modules that Triton has gcc build: one for the driver, one for each way to launch a kernel.
+_HELPERS = re.compile(r"(cuda_utils|hip_utils|__triton_launcher).*\.so")
+# A kernel goes through one or several of these (2.9 to 2.13; the last from 2.12 on). torch keeps
+# the seconds of each time by these names.
+_TUNING = (
+    "CachingAutotuner.benchmark_all_configs",
+    "CachingAutotuner.coordinate_descent_tuning",
+    "CachingAutotuner.combo_sequential_autotune",
+)
 
 
 @dataclass
@@ -42,6 +51,7 @@ class Watch:
     """Grows while the process compiles: everything in it is observed, nothing steered."""
 
     kernels_before: frozenset[Path]
+    helpers_before: frozenset[Path]
     restored: set[Path] = field(default_factory=set)
     cudagraph_replays: int = 0
 
@@ -50,17 +60,22 @@ def read_counts(watch: Watch | None) -> dict[str, int | None]:
     """Return the counts of this process up to now; imports nothing."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
-        counts: dict[str, int | None] = dict.fromkeys((*_COUNTERS, "recompiles"), 0)
+        names = (*_COUNTERS, "recompiles", "kernels_tuned")
+        counts: dict[str, int | None] = dict.fromkeys(names, 0)
     else:
         counts = {name: int(dynamo.counters[g][c]) for name, (g, c) in _COUNTERS.items()}
         counts["recompiles"] = _count_recompiles(dynamo)
-    if watch is not None:
-        kernels = len(compiled_kernels(watch))
-    else:
-        kernels = None if "torch._inductor" in sys.modules else 0
+        times = dynamo.compilation_time_metrics
+        counts["kernels_tuned"] = max(len(times.get(name, ())) for name in _TUNING)
+    if watch is None:
+        unseen = None if "torch._inductor" in sys.modules else 0
+        nothing = {"kernels_compiled": unseen, "helpers_built": unseen}
+        return counts | nothing | {"cudagraph_replays": None, "compile_workers": _workers()}
     return counts | {
-        "cudagraph_replays": watch.cudagraph_replays if watch else None,
-        "kernels_compiled": kernels,
+        "kernels_compiled": len(compiled_kernels(watch)),
+        "helpers_built": len(helper_files() - watch.helpers_before - watch.restored),
+        "cudagraph_replays": watch.cudagraph_replays,
+        "compile_workers": _workers(),
     }
 
 
@@ -85,10 +100,23 @@ def kernel_files() -> frozenset[Path]:
     return cpp | _files_below(Path(triton_cache_dir(0)).resolve(), _GPU_KERNELS)
 
 
+def helper_files() -> frozenset[Path]:
+    """Return the C modules of Triton's in this process's cache folder."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    return _files_below(Path(triton_cache_dir(0)).resolve(), _HELPERS)
+
+
+def _workers() -> int:
+    """Return how many pools of compile workers this process started (private, 2.9 to 2.13)."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    return module.AsyncCompile.process_pool.cache_info().misses if module else 0
+
+
 @functools.cache
 def watch_compilation() -> Watch:
     """Start to observe; call before loading an artifact and before the first compile."""
-    watch = Watch(kernels_before=kernel_files())
+    watch = Watch(kernel_files(), helper_files())
     _observe_triton_bundles(watch)
     _observe_cuda_graphs(watch)
     return watch

@@ -71,6 +71,7 @@ COUNTERS = (
     "kernels_compiled",
     "kernels_tuned",
     "helpers_built",
+    "compile_workers",
 )
 
 

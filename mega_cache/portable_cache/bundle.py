@@ -187,17 +187,23 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     _check(entries)
     # Triton reads the variable when it is first used, and has a folder of its own without it
     os.environ.setdefault("TRITON_CACHE_DIR", str(triton_root()))
-    helpers = [e for e in entries.get(PLAIN_FILE, ()) if TRITON_HELPER.fullmatch(e.key)]
-    for entry in helpers:
-        cpu_kernels.write_whole(
-            triton_root() / entry.key.removeprefix(TRITON_FOLDER), entry.content
-        )
-    CacheArtifactManager.populate_caches(
-        {kind: [e for e in found if e not in helpers] for kind, found in entries.items()}
-    )
+    CacheArtifactManager.populate_caches(entries)
+    helpers = {_install_helper(e) for e in entries.get(PLAIN_FILE, ()) if _is_helper(e)}
     _start_no_compile_workers()
     steps = {int(entry.key): entry.content for entry in entries.get(DECODE_STEP, ())}
-    return LoadedBundle(_count(entries), _graph_keys(entries), steps, cpu_kernels.restored_files())
+    restored = cpu_kernels.restored_files() | helpers
+    return LoadedBundle(_count(entries), _graph_keys(entries), steps, restored)
+
+
+def _is_helper(entry: CacheArtifact) -> bool:
+    return TRITON_HELPER.fullmatch(entry.key) is not None
+
+
+def _install_helper(entry: CacheArtifact) -> Path:
+    """Put Triton's C module where Triton looks: the user may have given it a folder of its own."""
+    path = triton_root() / entry.key.removeprefix(TRITON_FOLDER)
+    cpu_kernels.write_whole(path, entry.content)
+    return path
 
 
 def triton_root() -> Path:

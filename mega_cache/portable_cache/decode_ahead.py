@@ -207,8 +207,8 @@ def _torch_compile_ahead(
     from torch._dynamo import config
 
     backend = _torch_static_inductor()("default", options, False)
-    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch would
-    # record the step among the graphs too, under a key that nothing looks up (1 MB a length)
+    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+    # would record the step among the graphs too, under a key that nobody looks up (1 MB a length)
     with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
         compiled = torch._dynamo.optimize(
             backend=backend,
@@ -270,9 +270,9 @@ def _torch_load_function(data: bytes) -> Any:
 
 @contextmanager
 def _without_the_compiler() -> Iterator[None]:
-    """Spare a load what it asks of the compiler and never uses (FxGraphCache.cache_hit_post_compile).
+    """Spare a load what it asks of the compiler and never uses.
 
-    That imports Inductor's code generator (1 s) to look at one attribute, a hook of torch's own
+    FxGraphCache.cache_hit_post_compile imports Inductor's code generator (1 s) to look at one attribute, a hook of torch's own
     tests, and starts Triton's driver and ptxas for the key of a cache that only Meta has. Whoever
     takes more than a look at the stand-in gets the real class afterwards, so that the process can
     compile whatever it wants later. The same on 2.9 to 2.13.

@@ -125,6 +125,7 @@ def made_anew(counts: dict[str, int | None], kernels: Sequence[Path]) -> list[st
         "kernels_compiled": f"kernels compiled ({names})",
         "kernels_tuned": "kernels tuned",
         "helpers_built": "C helpers built",
+        "compile_workers": "pools of compile workers started",
     }
     return [f"{counts[name]} {text}" for name, text in kinds.items() if counts.get(name)]
 

@@ -1,4 +1,4 @@
-"""Save the Triton kernels that tuning chose, and only those, so that a load tunes and compiles none.
+"""Save the Triton kernels that tuning chose, and only those: a load tunes and compiles none.
 
 Inductor saves a graph when it has been compiled, with each kernel in every configuration there is
 to choose from. The choice comes later, at the kernel's first run, so the saved graph does not know

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotinductor.lengths import Bounds
 from aotinductor.kv_cache import BLOCK_ROWS, CacheShape
+from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
 # Frequencies of these depend on the length of the running sequence, which a graph cannot hold.

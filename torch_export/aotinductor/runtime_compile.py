@@ -1,4 +1,4 @@
-"""What a start without a package does instead: eager, or the same graphs compiled in this process."""
+"""What a start without a package does instead: eager, or the same graphs compiled right here."""
 
 import tempfile
 from collections.abc import Callable, Sequence

@@ -92,11 +92,11 @@ class Printer:
     def __init__(self, flags: "PromptFlags", codec: TextCodec):
         self._codec = codec
         # the same prompt again and again is shown once
-        self._shows_all = flags.show_completions or flags.prompts_file is not None
+        self.shows_all = flags.show_completions or flags.prompts_file is not None
 
     def of_request(self, number: int) -> Callable[[int | None], None]:
         """Return what takes each new token id of request `number`, and None at its end."""
-        if number > 0 and not self._shows_all:
+        if number > 0 and not self.shows_all:
             return lambda token_id: None
         from tokenizers.decoders import DecodeStream
 

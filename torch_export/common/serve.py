@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,10 +38,16 @@ def serve_requests(
     console: Console,
 ) -> list[Served]:
     """Serve one prompt after another, streaming what `printer` shows; close the stages."""
-    served = [
-        _serve(generate, prompt, target, printer.of_request(number))
-        for number, prompt in enumerate(console.bar(prompts, "generate", "request"))
-    ]
+
+    def serve(numbers: Iterable[int]) -> list[Served]:
+        return [_serve(generate, prompts[n], target, printer.of_request(n)) for n in numbers]
+
+    count = len(prompts)
+    shown = count if printer.shows_all else 1
+    served = serve(range(shown))
+    # a bar for those that show nothing else
+    with console.bar(range(shown, count), "generate", "request") as rest:
+        served += serve(rest)
     stages.close("decode")
     # request 1 up to its first token is prefill; all the rest of generation stays decode
     stages.split("decode", "prefill", served[0].request.ttft_seconds or 0.0)

@@ -16,19 +16,19 @@ BUILD = "build_llama_aotinductor.py"
 
 
 @pytest.fixture(scope="module")
-def tiny(package, presets_folder):
-    return Pairing(package, "random:tiny", presets_folder)
+def tiny(package):
+    return Pairing(package, "random:tiny")
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory, presets_folder):
+def other(tmp_path_factory):
     """Untied embeddings, 4 heads on 4 KV heads, plain rope; with a checkpoint of its own."""
     folder = tmp_path_factory.mktemp("other")
     checkpoint = materialize(OTHER, folder / "checkpoint", QUIET)
     package = folder / "other.pt2"
     flags = ["--device=cpu", "--no-max-autotune", f"--package-path={package}"]
     succeeded(run_script(BUILD, f"--model-id={checkpoint}", *flags))
-    return Pairing(package, checkpoint, presets_folder)
+    return Pairing(package, checkpoint)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import aot_compile
+from torch._inductor.package import package_aoti
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aotinductor import kv_graphs
-from aotinductor.bounds import make_bounds
 from aotinductor.flags import ShapeFlags
 from aotinductor.kv_cache import CacheShape, rope_table
 from aotinductor.kv_generation import Generator
-from aotinductor.package_loader import open_model
+from aotinductor.lengths import make_bounds
+from aotinductor.package import open_model
 from common.errors import UsageError
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
@@ -177,13 +179,13 @@ def compile_graphs(model, folder: Path) -> Compiled:
         "decode": compile_graph(kv_graphs.export_decode(model, cache), code_only | decode_options),
     }
     package = folder / "graphs.pt2"
-    torch._inductor.package.package_aoti(str(package), files)
+    package_aoti(str(package), files)
     return Compiled(package, {name: host_code(paths) for name, paths in files.items()})
 
 
 def compile_graph(exported, options) -> list[str]:
     module = exported.module(check_guards=False)
-    return torch._inductor.aot_compile(module, *exported.example_inputs, options=options)
+    return aot_compile(module, *exported.example_inputs, options=options)
 
 
 def host_code(paths: list[str]) -> str:
@@ -191,11 +193,8 @@ def host_code(paths: list[str]) -> str:
 
 
 def open_bound(compiled: Compiled, name: str, model):
-    loader = open_model(compiled.package, name)
     named = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {name: named[name] for name in loader.get_constant_fqns()}
-    loader.load_constants(wanted, False, True, True)
-    return loader
+    return open_model(compiled.package, name, model.device, named)
 
 
 @pytest.fixture(scope="module")
