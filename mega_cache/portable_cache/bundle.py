@@ -4,9 +4,9 @@
 load of those is in the same blob here:
 
     tuned Triton kernels        inside the graphs themselves (saved_graphs, tuned_kernels)
-    C++ kernels of CPU graphs   one more kind of entry (cpu_kernels)
-    Triton's C helper           an entry of torch's own kind "autotune", which is a plain file
-    precompiled decode steps    one more kind of entry, by number of cache slots (decode_ahead)
+    Triton's C helper           an entry of torch's kind "autotune", which is a plain file
+    precompiled decode steps    the same, named by the slots of their KV cache (decode_ahead)
+    C++ kernels of CPU graphs   a kind of entry of our own (cpu_kernels)
 
     build:  configure(), watch()        before the first compile
             saved = save_bundle()       after the warm-up; saved.blob is the `.bin`
@@ -14,15 +14,14 @@ load of those is in the same blob here:
             loaded = load_bundle(blob)  raises ArtifactDamagedError or
                                         ArtifactMismatchError, else says what came
 
-A plain `torch.compiler.load_cache_artifacts(blob)` works on the file, once this module is imported
-if the blob has entries of our kinds: those with C++ kernels or precompiled steps.
+A plain `torch.compiler.load_cache_artifacts(blob)` works on the file too, under the settings of
+`configure`. Only where there are C++ kernels cpu_kernels must have been imported.
 A blob is code (pickles and native code): whoever calls `load_bundle` has decided to trust it.
 """
 
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,21 +35,20 @@ from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArti
 from common.errors import ArtifactDamagedError, EnvironmentProblemError, ScriptError
 from portable_cache import cpu_kernels, saved_graphs, tuned_kernels
 
-DECODE_STEP = "decode_step"
-GRAPH_KINDS = ("inductor", "aot_autograd")
-PLAIN_FILE = "autotune"
+_GRAPH_KINDS = ("inductor", "aot_autograd")
+_PLAIN_FILE = "autotune"
 
+_DECODE_STEP = re.compile(r"decode_step/(?P<slots>[1-9][0-9]{0,8})")
 # Where torch looks for Triton's cache below its own, for the first device.
-TRITON_FOLDER = "triton/0/"
-TRITON_HELPER = re.compile(r"triton/0/[A-Za-z0-9_-]{20,80}/cuda_utils[A-Za-z0-9_.-]*\.so")
+_TRITON_FOLDER = "triton/0/"
+_TRITON_HELPER = re.compile(r"triton/0/[A-Za-z0-9_-]{20,80}/cuda_utils[A-Za-z0-9_.-]*\.so")
 # Entries become paths below the cache folder through torch's own code, which checks nothing.
-KEYS = {
+_KEYS = {
     "inductor": re.compile(r"f[a-z2-7]{51}"),
     "aot_autograd": re.compile(r"a[a-z2-7]{51}"),
-    PLAIN_FILE: re.compile(
-        rf"[A-Za-z0-9_.-]+/[A-Za-z0-9_-][A-Za-z0-9_.-]*|{TRITON_HELPER.pattern}"
+    _PLAIN_FILE: re.compile(
+        rf"[A-Za-z0-9_.-]+/[A-Za-z0-9_-][A-Za-z0-9_.-]*|{_TRITON_HELPER.pattern}"
     ),
-    DECODE_STEP: re.compile(r"[1-9][0-9]{0,8}"),
 }
 
 # What is wrong with a blob is said in one line by us, not in a traceback by torch.
@@ -72,22 +70,6 @@ class LoadedBundle:
     graph_keys: dict[str, tuple[str, ...]]
     decode_steps: dict[int, bytes] = field(repr=False)  # by slots of the KV cache
     restored: frozenset[Path] = field(repr=False)  # kernels that don't count as compiled
-
-
-class DecodeStepEntry(CacheArtifact):
-    """A decode step compiled ahead of time, its key the slots of its KV cache."""
-
-    def populate_cache(self) -> None:
-        """Nothing: a step is bound to a model, by whoever takes it from the LoadedBundle."""
-
-    @staticmethod
-    def type() -> str:
-        return DECODE_STEP
-
-
-# as in cpu_kernels: tests import this file from both folders
-if DECODE_STEP not in CacheArtifactFactory._artifact_types:
-    CacheArtifactFactory.register(DecodeStepEntry)
 
 
 def check_caches_are_on() -> None:
@@ -131,31 +113,37 @@ def save_bundle(decode_steps: dict[int, bytes] | None = None) -> SavedBundle:
     entries = _read(saved[0])
     if not entries.get("inductor"):
         raise ScriptError(f"no compiled graph among {sorted(entries)}: is the FX graph cache off?")
-    for kind in GRAPH_KINDS:
+    for kind in _GRAPH_KINDS:
         entries[kind] = [
             type(entry)(entry.key, saved_graphs.repickle(entry.content))
             for entry in entries.get(kind, ())
         ]
     tuned_kernels.check_all_pinned()
-    entries[PLAIN_FILE] = [*entries.get(PLAIN_FILE, ()), *_triton_helper()]
+    steps = decode_steps or {}
     entries[cpu_kernels.KIND] = cpu_kernels.entries()
-    entries[DECODE_STEP] = [
-        DecodeStepEntry(str(slots), step) for slots, step in (decode_steps or {}).items()
+    entries[_PLAIN_FILE] = [
+        *entries.get(_PLAIN_FILE, ()),
+        *_triton_helper(),
+        *(_plain_file(f"decode_step/{slots}", step) for slots, step in steps.items()),
     ]
     entries = {kind: found for kind, found in entries.items() if found}
     return SavedBundle(_write(entries), _count(entries), _graph_keys(entries))
 
 
+def _plain_file(key: str, content: bytes) -> CacheArtifact:
+    """Return an entry that a plain load makes the file `key` of below the cache folder."""
+    return CacheArtifactFactory._get_artifact_type(_PLAIN_FILE)(key, content)
+
+
 def _triton_helper() -> Iterable[CacheArtifact]:
-    """Yield the C module that Triton builds with gcc at the start of every process, if it did."""
-    if not torch.cuda.is_available() or "triton.runtime.driver" not in sys.modules:
+    """Yield the C module that Triton builds with gcc in every process that has a kernel to run."""
+    if not tuned_kernels.any_ran():
         return
     # Private (Triton 3.5 to 3.7): the module is in no table, but its functions know it.
     from triton.runtime import driver
 
     path = Path(driver.active.utils.load_binary.__self__.__file__)
-    kind = CacheArtifactFactory._get_artifact_type(PLAIN_FILE)
-    yield kind(f"{TRITON_FOLDER}{path.parent.name}/{path.name}", path.read_bytes())
+    yield _plain_file(f"{_TRITON_FOLDER}{path.parent.name}/{path.name}", path.read_bytes())
 
 
 def _write(entries: Entries) -> bytes:
@@ -166,11 +154,21 @@ def _write(entries: Entries) -> bytes:
 
 
 def _count(entries: Entries) -> dict[str, int]:
-    return {kind: len(found) for kind, found in entries.items()}
+    """Return the number of entries by kind, decode steps as one of their own."""
+    steps = len(_decode_steps(entries))
+    plain = len(entries.get(_PLAIN_FILE, ())) - steps
+    counts = {kind: len(found) for kind, found in entries.items()}
+    counts |= {_PLAIN_FILE: plain, "decode_step": steps}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _decode_steps(entries: Entries) -> dict[int, bytes]:
+    named = ((_DECODE_STEP.fullmatch(e.key), e.content) for e in entries.get(_PLAIN_FILE, ()))
+    return {int(name["slots"]): content for name, content in named if name}
 
 
 def _graph_keys(entries: Entries) -> dict[str, tuple[str, ...]]:
-    return {kind: tuple(e.key for e in entries.get(kind, ())) for kind in GRAPH_KINDS}
+    return {kind: tuple(e.key for e in entries.get(kind, ())) for kind in _GRAPH_KINDS}
 
 
 # ---- load --------------------------------------------------------------------------------
@@ -187,21 +185,34 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     _check(entries)
     # Triton reads the variable when it is first used, and has a folder of its own without it
     os.environ.setdefault("TRITON_CACHE_DIR", str(triton_root()))
-    CacheArtifactManager.populate_caches(entries)
-    helpers = {_install_helper(e) for e in entries.get(PLAIN_FILE, ()) if _is_helper(e)}
+    CacheArtifactManager.populate_caches(_wanted_in_the_cache(entries))
+    helpers = {_install_helper(e) for e in entries.get(_PLAIN_FILE, ()) if _is_helper(e)}
     _start_no_compile_workers()
-    steps = {int(entry.key): entry.content for entry in entries.get(DECODE_STEP, ())}
-    restored = cpu_kernels.restored_files() | helpers
-    return LoadedBundle(_count(entries), _graph_keys(entries), steps, restored)
+    return LoadedBundle(
+        _count(entries),
+        _graph_keys(entries),
+        _decode_steps(entries),
+        cpu_kernels.restored_files() | helpers,
+    )
+
+
+def _wanted_in_the_cache(entries: Entries) -> Entries:
+    """Leave out what is read from memory, or has a place of its own."""
+    plain = [
+        entry
+        for entry in entries.get(_PLAIN_FILE, ())
+        if not _is_helper(entry) and not _DECODE_STEP.fullmatch(entry.key)
+    ]
+    return entries | {_PLAIN_FILE: plain}
 
 
 def _is_helper(entry: CacheArtifact) -> bool:
-    return TRITON_HELPER.fullmatch(entry.key) is not None
+    return _TRITON_HELPER.fullmatch(entry.key) is not None
 
 
 def _install_helper(entry: CacheArtifact) -> Path:
     """Put Triton's C module where Triton looks: the user may have given it a folder of its own."""
-    path = triton_root() / entry.key.removeprefix(TRITON_FOLDER)
+    path = triton_root() / entry.key.removeprefix(_TRITON_FOLDER)
     cpu_kernels.write_whole(path, entry.content)
     return path
 
@@ -268,6 +279,6 @@ def _check(entries: Entries) -> None:
         if not found:
             raise ArtifactDamagedError(f"the list of {kind!r} entries is empty: build it again")
         for entry in found:
-            if (pattern := KEYS.get(kind)) is not None and not pattern.fullmatch(entry.key):
+            if (pattern := _KEYS.get(kind)) is not None and not pattern.fullmatch(entry.key):
                 raise ArtifactDamagedError(f"{kind} entry {entry.key!r} has a name no build writes")
     cpu_kernels.check_entries({e.key: e.content for e in entries.get(cpu_kernels.KIND, ())})

@@ -21,6 +21,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import ScriptError
+
 if TYPE_CHECKING:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from torch._inductor.triton_bundler import TritonBundle
@@ -39,7 +41,7 @@ _ran: dict[int, "CachingAutotuner"] = {}  # id -> itself, so that the id stays i
 _unpinned: set[str] = set()
 
 
-class UnpinnedKernels(RuntimeError):
+class UnpinnedKernels(ScriptError):
     """Some kernels of this build would be compiled or tuned again by every load."""
 
 
@@ -86,6 +88,10 @@ def watch() -> None:
     TritonBundler.put_static_autotuner = staticmethod(put_static_autotuner)
     TritonBundler.load_autotuners = staticmethod(load_autotuners)
     CachingAutotuner.run = run_and_remember
+
+
+def any_ran() -> bool:
+    return bool(_ran)
 
 
 def check_all_pinned() -> None:

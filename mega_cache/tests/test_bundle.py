@@ -52,7 +52,6 @@ def with_index(**change):
 flipped = bytearray(good)
 flipped[len(good) // 2] ^= 1
 kernel = "c" + "a" * 51
-DecodeStepEntry = bundle.DecodeStepEntry
 HELPER = "triton/0/../../evil/cuda_utils.so"
 cases = {
     "empty": b"",
@@ -67,7 +66,6 @@ cases = {
     "other suffix": altered("kernel_files", 1, key=f"ab/{kernel}.py"),
     "graph key with dots": altered("inductor", key="../../../../evil"),
     "autograd key with dots": altered("aot_autograd", key="../evil"),
-    "step of no cache length": pack(entries() | {"decode_step": [DecodeStepEntry("x", b"")]}),
     "helper with dots": pack(entries() | {"autotune": [AutotuneCacheArtifact(HELPER, b"")]}),
     "another processor": with_index(cpu_features=[*index["cpu_features"], "avx1024"]),
     "another torch": with_index(torch="9.9"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ CachingAutotuner.bench = lambda self, launcher, *a, **k: source.random()
 PROGRAM = """
 import gc, json, sys
 import torch
+import torch._inductor.config
 from common.compile_counts import compiled_kernels, read_counts, watch_compilation
 from portable_cache import bundle
 
@@ -62,6 +64,17 @@ watch.restored.update(bundle.load_bundle(open(sys.argv[2], "rb").read()).restore
 run()
 names = [path.stem for path in compiled_kernels(watch)]
 print(json.dumps({{"chosen": chosen(), "counts": read_counts(watch), "names": names}}))
+"""
+PLAIN_LOAD = f"""{PROGRAM}
+assert "portable_cache" not in sys.modules
+watch = watch_compilation()
+torch.compiler.load_cache_artifacts(open(sys.argv[2], "rb").read())
+run()
+print(json.dumps(read_counts(watch)))
+"""
+SETTINGS = """
+    torch._inductor.config.triton.descriptive_names = False
+    torch._inductor.config.static_launch_user_defined_triton_kernels = True
 """
 DROP_ONE = """
 import pickle, sys
@@ -105,6 +118,16 @@ def test_configurations_at_a_run_are_those_of_the_build_and_nothing_is_made_anew
     made = ("kernels_compiled", "kernels_tuned", "helpers_built", "compile_workers")
     assert {name: loaded["counts"][name] for name in made} == dict.fromkeys(made, 0)
     assert loaded["counts"]["cudagraph_replays"] > 0
+
+
+def test_a_plain_load_needs_nothing_of_ours_but_the_settings(tmp_path):
+    blob = tmp_path / "blob"
+    answer(start(SAVE, tmp_path / "build", 1, blob))
+    ours = {"from portable_cache import bundle": "", "bundle.configure()": SETTINGS}
+    program = reduce(lambda text, item: text.replace(*item), ours.items(), PLAIN_LOAD)
+    counts = answer(start(program, tmp_path / "run", 1, blob))
+    assert counts["fxgraph_cache_hit"] == 1
+    assert counts["kernels_compiled"] == counts["kernels_tuned"] == 0
 
 
 def test_a_kernel_that_is_missing_from_the_artifact_is_compiled_and_named(tmp_path):
