@@ -6,6 +6,7 @@ from pathlib import Path
 from common.artifacts import ArtifactPair
 from common.cli import flag, non_negative_int, positive_int, positive_ints
 from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.store import FetchFlags, PublishFlags
 from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -147,6 +148,7 @@ class BuildSettings:
     compilation: CompileFlags
     build: BuildFlags
     files: CacheFileFlags
+    store: PublishFlags
 
 
 @dataclass(frozen=True)
@@ -159,4 +161,5 @@ class RunSettings:
     loading: LoadFlags
     compilation: CompileFlags  # None in a field: not told
     files: CacheFileFlags
+    store: FetchFlags
     trust: TrustFlags

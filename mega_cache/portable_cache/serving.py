@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.artifacts import ArtifactPair
+from common.artifacts import ArtifactPair, peek_manifest
 from common.cli import Console, config_of
 from common.compile_counts import Watch, compiled_kernels, read_counts, watch_compilation
 from common.errors import ArtifactMismatchError, ScriptError
+from common.manifest import Difference, Manifest
 from common.prompts import (
     Printer,
     TextCodec,
@@ -19,10 +20,11 @@ from common.prompts import (
 )
 from common.serve import run_document, serve_requests
 from common.stopwatch import Stages, process_start
+from common.store import fetch
 from common.target import Target, choose_target
 from common.weights import list_checkpoint, start_upload
 from portable_cache.flags import APPROACH, CompileFlags, LoadFlags, RunSettings
-from portable_cache.recipe import settle, shortest_that_holds
+from portable_cache.recipe import find_differences, settle, shortest_that_holds
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 class Plan:
     """What a run compiles for, or finds compiled."""
 
+    pair: ArtifactPair
     flags: CompileFlags
     buckets: tuple[int, ...]  # prompt lengths in tokens to pad to; none: no padding
     needed: int  # tokens that the KV cache must hold
@@ -105,7 +108,8 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     stages.close("imports")
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
-    plan = make_plan(settings, [len(prompt) for prompt in prompts], console)
+    pair = find_artifact(settings, target, console)
+    plan = make_plan(settings, pair, [len(prompt) for prompt in prompts], console)
     compiler = None if settings.loading.eager else open_compiler(settings, target, plan, console)
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
@@ -129,9 +133,26 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     return Ready(target, tensors, codec, prompts, plan, compiler, model, cache, ahead)
 
 
-def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Plan:
-    """Choose lengths by what the user says, then the artifact, then the defaults."""
-    flags = settle(settings.compilation, settings.files.pair())
+def find_artifact(settings: RunSettings, target: Target, console: Console) -> ArtifactPair:
+    """Return where the artifact is, after fetching it if that is asked for."""
+
+    def unlike(manifest: Manifest) -> list[Difference]:
+        return find_differences(manifest, target, settle(settings.compilation, manifest))
+
+    pair, loading = settings.files.pair(), settings.loading
+    if loading.eager or loading.load_artifacts is False:
+        return pair
+    return fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
+
+
+def make_plan(
+    settings: RunSettings, pair: ArtifactPair, lengths: list[int], console: Console
+) -> Plan:
+    """Choose lengths by what the user says, then the artifact, then the defaults.
+
+    Its metadata is not trusted yet: the verified one is compared when the artifact is loaded.
+    """
+    flags = settle(settings.compilation, peek_manifest(pair))
     loading = settings.loading
     buckets = (loading.prefill_buckets or flags.prefill_lengths) if loading.bucket_pad else ()
     if buckets and max(lengths) > max(buckets):
@@ -141,7 +162,7 @@ def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Pl
         )
     padded = max(bucket_for(length, buckets) or length for length in lengths)
     needed = padded + settings.prompt.max_new_tokens
-    return Plan(flags, buckets, needed, shortest_that_holds(flags, needed))
+    return Plan(pair, flags, buckets, needed, shortest_that_holds(flags, needed))
 
 
 def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Console) -> Compiler:
@@ -151,11 +172,11 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     bundle.check_caches_are_on()
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
-    wanted, pair = settings.loading.load_artifacts, settings.files.pair()
+    wanted, pair = settings.loading.load_artifacts, plan.pair
     if wanted is False:
         return Compiler(watch, lookups, None)
     try:
-        check_length(plan, pair)
+        check_length(plan)
         loaded = loading.load_artifact(pair, target, plan.flags, settings.trust, watch, console)
     except ScriptError as error:
         if wanted or settings.loading.require_hit:
@@ -165,10 +186,10 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     return Compiler(watch, lookups, loaded)
 
 
-def check_length(plan: Plan, pair: ArtifactPair) -> None:
+def check_length(plan: Plan) -> None:
     if plan.warmed is None:
         raise ArtifactMismatchError(
-            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of {pair.path} "
+            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of {plan.pair.path} "
             f"has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
             "--max-cache-len"
         )
