@@ -189,8 +189,8 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
 def check_length(plan: Plan) -> None:
     if plan.warmed is None:
         raise ArtifactMismatchError(
-            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of {plan.pair.path} "
-            f"has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
+            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of "
+            f"{plan.pair.path} has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
             "--max-cache-len"
         )
 
