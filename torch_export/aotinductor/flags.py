@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts import ArtifactPair
-from common.cli import flag, positive_int
+from common.cli import flag, positive_int, positive_ints
 from common.flags import PromptFlags, SamplingFlags, SharedFlags
 from common.trust import TrustFlags
 
@@ -157,6 +157,16 @@ class LoadFlags:
         "pad each sequence to the next of the metadata's buckets instead of the next multiple: "
         "fewer shapes, more work",
     )
+
+
+@dataclass(frozen=True)
+class EquivalenceFlags:
+    """equivalence"""
+
+    logit_prompt_lengths: tuple[int, ...] = flag(
+        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
+    )
+    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
 
 
 @dataclass(frozen=True)

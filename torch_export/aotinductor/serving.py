@@ -64,13 +64,14 @@ def run(settings: RunSettings, console: Console) -> dict:
     setup_seconds = stages.elapsed()
     printer = Printer(settings.prompt, codec)
     served = serve_requests(generate, prompts, target, stages, printer, console)
-    length = len(prompts[0])
-    return run_document(
+    document = run_document(
         APPROACH, settings.mode, config_of(settings), target, codec, served, setup_seconds, stages,
-        read_counts(watch),
-        artifact=loaded.as_json() if loaded else None,
-        padded_tokens=length if settings.mode == "eager" else request.padded(length),
+        read_counts(watch), artifact=loaded.as_json() if loaded else None,
     )  # fmt: skip
+    length = len(prompts[0])
+    padded = length if settings.mode == "eager" else request.padded(length)
+    document["output"]["padded_tokens"] = padded
+    return document
 
 
 def wants_cuda_graph(settings: RunSettings, target: Target, plan: Plan) -> bool:
