@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import aot_compile
+from torch._inductor.package import package_aoti
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aotinductor import kv_graphs
@@ -177,13 +179,13 @@ def compile_graphs(model, folder: Path) -> Compiled:
         "decode": compile_graph(kv_graphs.export_decode(model, cache), code_only | decode_options),
     }
     package = folder / "graphs.pt2"
-    torch._inductor.package.package_aoti(str(package), files)
+    package_aoti(str(package), files)
     return Compiled(package, {name: host_code(paths) for name, paths in files.items()})
 
 
 def compile_graph(exported, options) -> list[str]:
     module = exported.module(check_guards=False)
-    return torch._inductor.aot_compile(module, *exported.example_inputs, options=options)
+    return aot_compile(module, *exported.example_inputs, options=options)
 
 
 def host_code(paths: list[str]) -> str:
