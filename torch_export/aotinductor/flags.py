@@ -6,6 +6,7 @@ from pathlib import Path
 from common.artifacts import ArtifactPair
 from common.cli import flag, positive_int, positive_ints
 from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.store import FetchFlags, PublishFlags
 from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -178,6 +179,7 @@ class BuildSettings:
     shape: ShapeFlags
     compilation: CompileFlags
     files: PackageFileFlags
+    store: PublishFlags
 
     def __post_init__(self):
         slots, longest = self.graph.slots(self.shape), self.shape.max_seq_len
@@ -204,6 +206,7 @@ class RunSettings:
     loading: LoadFlags
     shape: ExpectedShapeFlags
     files: PackageFileFlags
+    store: FetchFlags
     trust: TrustFlags
 
     @property
