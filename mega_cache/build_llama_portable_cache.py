@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> None:
             from portable_cache.building import build
 
             document = build(settings, console)
-    publish(pair, settings.store.publish, APPROACH, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
+    publish(pair, settings.store.publish, APPROACH, console)
 
 
 def report(document: dict, settings: BuildSettings, console: Console) -> None:

@@ -129,6 +129,11 @@ class LoadFlags:
         if self.precompile and (self.eager or self.load_artifacts is False):
             raise ValueError("--precompile takes its decode step from the artifact: load it")
 
+    @property
+    def must_load(self) -> bool:
+        """Whether a run without the artifact is an error."""
+        return bool(self.load_artifacts or self.require_hit)
+
 
 @dataclass(frozen=True)
 class EquivalenceFlags:

@@ -1,6 +1,6 @@
 """One run, top to bottom: load the artifact, make the model, serve the requests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,13 @@ from common.stopwatch import Stages, process_start
 from common.store import fetch
 from common.target import Target, choose_target
 from common.weights import list_checkpoint, start_upload
-from portable_cache.flags import APPROACH, CompileFlags, LoadFlags, RunSettings
+from portable_cache.flags import (
+    APPROACH,
+    CacheFileFlags,
+    CompileFlags,
+    LoadFlags,
+    RunSettings,
+)
 from portable_cache.recipe import find_differences, settle, shortest_that_holds
 
 if TYPE_CHECKING:
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
 class Plan:
     """What a run compiles for, or finds compiled."""
 
-    pair: ArtifactPair
     flags: CompileFlags
     buckets: tuple[int, ...]  # prompt lengths in tokens to pad to; none: no padding
     needed: int  # tokens that the KV cache must hold
@@ -106,10 +111,10 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     from portable_cache import generation
 
     stages.close("imports")
+    settings = fetch_artifact(settings, target, console)
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
-    pair = find_artifact(settings, target, console)
-    plan = make_plan(settings, pair, [len(prompt) for prompt in prompts], console)
+    plan = make_plan(settings, [len(prompt) for prompt in prompts], console)
     compiler = None if settings.loading.eager else open_compiler(settings, target, plan, console)
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
@@ -133,26 +138,29 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     return Ready(target, tensors, codec, prompts, plan, compiler, model, cache, ahead)
 
 
-def find_artifact(settings: RunSettings, target: Target, console: Console) -> ArtifactPair:
-    """Return where the artifact is, after fetching it if that is asked for."""
+def fetch_artifact(settings: RunSettings, target: Target, console: Console) -> RunSettings:
+    """Return the settings with the artifact that --fetch finds in its store, if it is asked for."""
+    flags = settings.loading
+    if flags.eager or flags.load_artifacts is False:
+        return settings
 
     def unlike(manifest: Manifest) -> list[Difference]:
         return find_differences(manifest, target, settle(settings.compilation, manifest))
 
-    pair, loading = settings.files.pair(), settings.loading
-    if loading.eager or loading.load_artifacts is False:
-        return pair
-    return fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
+    pair = settings.files.pair()
+    try:
+        found = fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
+    except ScriptError as error:
+        if flags.must_load:
+            raise
+        console.warn(f"{error}; compiling instead")
+        return replace(settings, loading=replace(flags, load_artifacts=False))
+    return replace(settings, files=CacheFileFlags(found.path, found.metadata_path))
 
 
-def make_plan(
-    settings: RunSettings, pair: ArtifactPair, lengths: list[int], console: Console
-) -> Plan:
-    """Choose lengths by what the user says, then the artifact, then the defaults.
-
-    Its metadata is not trusted yet: the verified one is compared when the artifact is loaded.
-    """
-    flags = settle(settings.compilation, peek_manifest(pair))
+def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Plan:
+    """Choose lengths by what the user says, then the artifact, then the defaults."""
+    flags = settle(settings.compilation, peek_manifest(settings.files.pair()))
     loading = settings.loading
     buckets = (loading.prefill_buckets or flags.prefill_lengths) if loading.bucket_pad else ()
     if buckets and max(lengths) > max(buckets):
@@ -162,7 +170,7 @@ def make_plan(
         )
     padded = max(bucket_for(length, buckets) or length for length in lengths)
     needed = padded + settings.prompt.max_new_tokens
-    return Plan(pair, flags, buckets, needed, shortest_that_holds(flags, needed))
+    return Plan(flags, buckets, needed, shortest_that_holds(flags, needed))
 
 
 def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Console) -> Compiler:
@@ -172,25 +180,25 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     bundle.check_caches_are_on()
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
-    wanted, pair = settings.loading.load_artifacts, plan.pair
-    if wanted is False:
+    if settings.loading.load_artifacts is False:
         return Compiler(watch, lookups, None)
+    pair = settings.files.pair()
     try:
-        check_length(plan)
+        check_length(plan, pair)
         loaded = loading.load_artifact(pair, target, plan.flags, settings.trust, watch, console)
     except ScriptError as error:
-        if wanted or settings.loading.require_hit:
+        if settings.loading.must_load:
             raise
         console.warn(f"{error}; compiling instead")
         loaded = None
     return Compiler(watch, lookups, loaded)
 
 
-def check_length(plan: Plan) -> None:
+def check_length(plan: Plan, pair: ArtifactPair) -> None:
     if plan.warmed is None:
         raise ArtifactMismatchError(
-            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of "
-            f"{plan.pair.path} has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
+            f"prompt and new tokens need {plan.needed} slots, the longest KV cache of {pair.path} "
+            f"has {max(plan.flags.cache_lengths())}: shorten them, or rebuild with a larger "
             "--max-cache-len"
         )
 
