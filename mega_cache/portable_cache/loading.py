@@ -97,9 +97,10 @@ def use_decode_step(
 
 def _lookups_of(pair: ArtifactPair, manifest: Manifest) -> list[hits.Lookup]:
     try:
-        dict(manifest.details["decode_steps"])
+        if not isinstance(manifest.details["decode_steps"], dict):
+            raise TypeError("decode_steps")
         return hits.parse_lookups(manifest.details["graphs"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise ArtifactDamagedError(
             f"{pair.metadata_path} does not list the graphs of its build ({error}): "
             "build it again with ./build.sh"

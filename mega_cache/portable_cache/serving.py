@@ -177,7 +177,6 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     """Set the compiler up, and load the artifact: must, must not, or if it can be."""
     from portable_cache import bundle, hits, loading
 
-    bundle.check_caches_are_on()
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
     if settings.loading.load_artifacts is False:
