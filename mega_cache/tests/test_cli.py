@@ -2,10 +2,10 @@
 
 import sys
 
+import benchmark_llama_modes
 import pytest
 from helpers import FOLDER, run_command, run_script, run_wrapper
 
-import benchmark_llama_modes
 from common.cli import parse_flags
 from common.flags import BenchmarkFlags
 from portable_cache.flags import MODE_WORDS, UNTOLD, BuildSettings, CompileFlags, RunSettings
