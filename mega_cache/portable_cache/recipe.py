@@ -22,7 +22,7 @@ def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
 
 def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:
     """Return `told` with what is None in it taken from an artifact, else from the defaults."""
-    built = (manifest and _flags_of(manifest.recipe)) or CompileFlags()
+    built = (_flags_of(manifest.recipe) if manifest else None) or CompileFlags()
     values = {name: value for name, value in vars(told).items() if value is not None}
     return replace(built, **values)
 
