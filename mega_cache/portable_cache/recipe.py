@@ -51,9 +51,9 @@ def _flags_of(values: dict[str, Any]) -> CompileFlags | None:
     sound = (
         all(type(number) is int for number in numbers)
         and min(numbers[:-1]) > 0
-        and numbers[-1] >= 0
+        and (numbers[-1] == 0 or numbers[-1] > 1)
         and values.get("cache_implementation") in CACHE_IMPLEMENTATIONS
-        and values.get("compile_dynamic") in DYNAMIC
+        and values.get("compile_dynamic") in tuple(DYNAMIC)
         and values.get("compile_mode") in COMPILE_MODES
         and isinstance(values.get("fullgraph"), bool)
     )
