@@ -42,20 +42,3 @@ def test_a_command_of_a_readme_parses(command):
     done = run_command([str(FOLDER / wrapper), *flags, UNKNOWN], PYTHON=sys.executable)
     assert done.status == 2
     assert done.stderr.splitlines()[-1].endswith(f"unrecognized arguments: {UNKNOWN}")
-
-
-def test_the_program_of_the_readme_compiles_once_and_then_hits(tmp_path):
-    (program,) = (
-        text for language, text in BLOCKS.findall((FOLDER / "README.md").read_text())
-        if language == "python"
-    )  # fmt: skip
-    program = program.replace('"mega_cache"', repr(str(FOLDER)))
-    program += "\nprint(torch._dynamo.utils.counters['inductor']['fxgraph_cache_hit'])\n"
-    hits = []
-    for turn in ("first", "second"):
-        places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / turn), "TMPDIR": str(tmp_path)}
-        done = run_command(["bash", "-c", f"cd {tmp_path} && exec \"$0\" -c \"$1\"",
-                            sys.executable, program], **places)  # fmt: skip
-        assert done.status == 0, done.stderr
-        hits.append(int(done.stdout))
-    assert hits == [0, 1]
