@@ -12,16 +12,23 @@ from portable_cache.generation import forget_compiled_state, make_generate
 
 SLOTS, NEW_TOKENS = 96, 12
 SHAPES = {
-    "grouped, 4 heads to one": dict(num_attention_heads=8, num_key_value_heads=2),
-    "grouped, 3 heads to one, biases": dict(
-        num_attention_heads=6, num_key_value_heads=2, attention_bias=True, mlp_bias=True
-    ),
-    "one KV head, untied": dict(
-        num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False
-    ),
-    "no groups, heads of another size": dict(
-        num_attention_heads=4, num_key_value_heads=4, head_dim=24
-    ),
+    "grouped, 4 heads to one": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "grouped, 3 heads to one, biases": {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "one KV head, untied": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "no groups, heads of another size": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+    },
 }
 
 

@@ -1,11 +1,13 @@
 """A loaded package beside the eager model of the checkpoint that it runs on."""
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from helpers import Finished, run_command
 
 from aotinductor.flags import PackageFileFlags
 from aotinductor.lengths import Plan, parse_bounds
@@ -21,6 +23,7 @@ from common.prompts import load_codec
 from common.stopwatch import Stages, process_start
 from common.target import Target, load_model
 from common.trust import TrustFlags
+from common.weights import list_checkpoint
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)
@@ -32,7 +35,7 @@ OTHER = CONFIGS["random:tiny"] | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "vocab_size": 300,
+    "vocab_size": 12000,  # weights that are larger than any code
     "tie_word_embeddings": False,
     "rope_scaling": None,
     "rope_theta": 10000.0,
@@ -61,6 +64,9 @@ class Pairing:
         self.model = load_model(target)
         self._eager = EagerGenerator(self.model, 0, SamplingFlags(), seed=0)
         self.codec = load_codec(target.checkpoint.folder)
+        self.weight_bytes = sum(
+            one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
+        )
 
     def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
         ids = self.codec.synthetic_prompt(length, seed=0)
@@ -83,3 +89,9 @@ def timed(generate, prompt: Prompt) -> Request:
     began, arrivals = time.monotonic(), []
     generate(prompt, lambda token: arrivals.append(time.monotonic()))
     return Request(arrivals[-1] - began, arrivals[0] - began, len(arrivals))
+
+
+def run_limited(file_bytes: int, arguments: list) -> Finished:
+    """Run Python in a process that cannot write a file of more bytes than that."""
+    limited = ["bash", "-c", f'ulimit -f {file_bytes // 1024}; exec "$@"', "bash"]
+    return run_command([*limited, sys.executable, *arguments])
