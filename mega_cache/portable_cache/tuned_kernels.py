@@ -34,9 +34,7 @@ NO_MORE_TUNING = {
     "combo_tuning_groups": None,
 }
 
-_autotuners: dict[
-    str, list["CachingAutotuner"]
-] = {}  # digest of a kernel's source -> its live ones
+_autotuners: dict[str, list["CachingAutotuner"]] = {}  # by digest of the kernel's source
 _ran: dict[int, "CachingAutotuner"] = {}  # id -> itself, so that the id stays its own
 _unpinned: set[str] = set()
 
