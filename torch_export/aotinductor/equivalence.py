@@ -73,9 +73,7 @@ def continue_greedily(model: "PreTrainedModel", prompt: list[int], steps: int) -
 
 
 @torch.no_grad()
-def eager_logits(
-    model: "PreTrainedModel", prompt: list[int], forced: list[int]
-) -> torch.Tensor:
+def eager_logits(model: "PreTrainedModel", prompt: list[int], forced: list[int]) -> torch.Tensor:
     """Return (forced, vocab) float32 logits on the CPU: those that each forced token follows."""
     ids = torch.tensor([prompt + forced[:-1]], device=model.device)
     return model(ids, use_cache=False, logits_to_keep=len(forced)).logits[0].float().cpu()

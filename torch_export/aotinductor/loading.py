@@ -143,7 +143,8 @@ def make_engine(
         return BaseGenerator(base_step(model), device)
     cache = CacheShape(**details["cache"])
     table = rope_table(**details["rope"], slots=cache.slots, dtype=dtype, device=device)
-    return Generator(*models, cache, table)
+    prefill, decode = models
+    return Generator(prefill, decode, cache, table)
 
 
 def base_step(model: Model) -> Step:
