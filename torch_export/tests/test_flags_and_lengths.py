@@ -54,7 +54,8 @@ lengths = st.integers(1, 5000)
 
 def documented_commands():
     yield from filter(None, COMMANDS.splitlines())
-    texts = [(FOLDER / "README.md").read_text(), *(FOLDER.joinpath(s).read_text() for s in SCRIPTS)]
+    readme = (FOLDER / "README.md").read_text().replace("<sha256>", "0" * 64)
+    texts = [readme, *(FOLDER.joinpath(s).read_text() for s in SCRIPTS)]
     for line in "\n".join(texts).splitlines():
         if found := re.match(r"\s*(?:\./(\w+\.sh)|python (\w+\.py))((?: [^#]*)?)(?:#.*)?$", line):
             wrapper = found[1] or SCRIPTS[found[2]]
