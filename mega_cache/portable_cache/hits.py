@@ -97,7 +97,7 @@ def key_components(lines: Iterable[str]) -> dict[str, str]:
 
 def _shortened(value: str) -> str:
     tensor = _TENSOR.search(value)
-    return f"{tensor['dtype']}{tensor['shape']}" if tensor else value[:60]
+    return f"{tensor['dtype']}{tensor['shape']}" if tensor else " ".join(value.split())[:60]
 
 
 def parse_lookups(records: list[dict]) -> list[Lookup]:

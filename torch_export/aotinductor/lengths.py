@@ -10,7 +10,7 @@ from typing import Any
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
 from common.artifacts import peek_manifest
 from common.errors import ArtifactDamagedError, UsageError
-from common.flags import DEVICES, DTYPES, SharedFlags
+from common.flags import DTYPES, SharedFlags
 from common.manifest import Difference, differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
@@ -119,11 +119,13 @@ class Plan:
 
     def fill_in(self, shared: SharedFlags) -> SharedFlags:
         """Return the flags with the package's device and dtype where the user left them open."""
-        device, dtype = self.built.get("device"), self.dtype
+        # where there is no GPU, a package for one is refused with all that differs
+        on_cpu = shared.device == "auto" and self.built.get("device") == "cpu"
+        told = shared.dtype != "auto" or self.dtype not in DTYPES
         return replace(
             shared,
-            device=device if shared.device == "auto" and device in DEVICES else shared.device,
-            dtype=dtype if shared.dtype == "auto" and dtype in DTYPES else shared.dtype,
+            device="cpu" if on_cpu else shared.device,
+            dtype=shared.dtype if told else self.dtype,
         )
 
 
