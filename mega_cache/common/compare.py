@@ -58,6 +58,7 @@ def compare(
     check_plot(results.plot)
     console = Console(shared.quiet, shared.verbose)
     commands = {mode: [str(script), *words, *own] for mode, own in modes.items()}
+    _fetch_once(commands, config)
     trials, found = _run_trials(commands, flags.compare_runs, "trial", console)
     summary: dict = {
         name: {mode: _summary(trials, mode, key) for mode in ("load", "skip")}
@@ -93,6 +94,7 @@ def benchmark(
         else [str(script), *words, *modes[mode]]
         for mode in flags.modes
     }
+    _fetch_once(commands, config)
     trials, found = _run_trials(commands, flags.repeats, "repeat", console)
     summary: dict = {}
     for mode in commands:
@@ -146,6 +148,13 @@ def _check_outcome(document: dict, tokens_may_differ: bool) -> None:
         raise ScriptError(f"{len(failed)} of {len(trials)} trials failed: {lines}")
     if document["outputs_identical"] is False and not tokens_may_differ:
         raise ScriptError(f"the modes disagree: {document['difference']}")
+
+
+def _fetch_once(commands: Commands, config: dict) -> None:
+    """With --fetch, bring the artifact here before anything is measured."""
+    if config.get("fetch"):
+        for mode in commands.keys() & {"load", "compile_preload"}:
+            run_trial([*commands[mode], "--max-new-tokens=1", "--num-requests=1"])
 
 
 def _run_trials(

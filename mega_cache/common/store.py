@@ -2,7 +2,7 @@
 
 A store is a folder at any URL that fsspec knows. An artifact's place in it says what it is for:
 
-    <approach>/<torch>-<device>/<model's configuration>-<dtype>/<recipe>/<sha256>.<suffix>
+    <approach>/<torch>-<device>/<model's configuration>-<dtype>/<recipe>/<sha256>.artifact
                                                                         /meta.json
 
 The file goes there first and carries its own digest in its name, the metadata goes last and is
@@ -109,7 +109,7 @@ def publish(pair: ArtifactPair, url: str | None, approach: str, console: Console
             fs, root = _open_store(url)
             place = f"{root}/{_place_of(manifest)}"
             fs.makedirs(place, exist_ok=True)
-            target = f"{place}/{_file_name(manifest, pair)}"
+            target = f"{place}/{_file_name(manifest)}"
             with _progress(f"publish {pair.path.name}", console) as bar:
                 _put(fs, target, lambda path: fs.put_file(
                     verified.path_for_loader, path, callback=bar
@@ -162,8 +162,8 @@ def _slug(*parts: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(map(str, parts)))
 
 
-def _file_name(manifest: Manifest, pair: ArtifactPair) -> str:
-    return f"{manifest.file['sha256']}{pair.path.suffix}"
+def _file_name(manifest: Manifest) -> str:
+    return f"{manifest.file['sha256']}.artifact"  # whatever its builder called it
 
 
 # --- fetching --------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def _download(
 
     def get(path: Path) -> None:
         label = f"fetch {size_text(expected['bytes'])}"
-        remote = f"{entry.place}/{_file_name(entry.manifest, local)}"
+        remote = f"{entry.place}/{_file_name(entry.manifest)}"
         with _driver_errors(url), _progress(label, console) as bar:
             fs.get_file(remote, str(path), callback=bar)
 

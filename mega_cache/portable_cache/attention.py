@@ -67,20 +67,20 @@ def attention(
 
 def _prefill(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float):
     slots = query.shape[2] if seen is None else seen.shape[-1]  # the rest of the cache is empty
-    return scaled_dot_product_attention(
-        query,
-        key[:, :, :slots],
-        value[:, :, :slots],
-        attn_mask=seen,
-        is_causal=seen is None,
-        scale=scaling,
-        enable_gqa=True,
-    )
+    key, value = key[:, :, :slots], value[:, :, :slots]
+    if seen is None:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    # given a mask, CUDA's only kernel for grouped heads is the one that writes all scores out
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float) -> Tensor:
     batch, heads, _, width = query.shape
-    rows = query.view(batch, key.shape[1], -1, width)  # (batch, kv_heads, group, head_dim)
+    rows = query.reshape(batch, key.shape[1], -1, width)  # (batch, kv_heads, group, head_dim)
     if key.is_cuda:
         out = attend_in_sums(rows, key, value, seen, scaling)
     else:

@@ -18,7 +18,7 @@ from common.manifest import SCHEMA, Manifest
 from common.prompts import TextCodec, load_codec
 from common.report import environment
 from common.stopwatch import Stages, process_start
-from common.target import choose_target
+from common.target import Target, choose_target
 from common.trials import run_trial
 from common.weights import list_checkpoint, start_upload
 from portable_cache import attention, bundle, decode_ahead, generation, hits
@@ -48,14 +48,33 @@ def build(settings: BuildSettings, console: Console) -> dict:
     warmed, steps = warm_up_all(model, eager, codec, settings, watch, console)
     saved = bundle.save_bundle({slots: step.content for slots, step in steps.items()})
     stages.close("compile")
-    manifest = Manifest(
+    manifest = describe(settings, target, warmed, steps, saved, lookups, stages.elapsed())
+    if settings.build.verify:
+        margins = verify(manifest, saved.blob, eager, codec, settings, console)
+        check_differences(margins, target.dtype_name)
+        stages.close("verify")
+    written = write_artifact(settings.files.pair(), manifest, saved.blob)
+    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
+
+
+def describe(
+    settings: BuildSettings,
+    target: Target,
+    warmed: list[dict],
+    steps: dict[int, decode_ahead.ExportedStep],
+    saved: bundle.SavedBundle,
+    lookups: list[hits.Lookup],
+    seconds: float,
+) -> Manifest:
+    """Return the metadata, but for what is known of the file once it is written."""
+    return Manifest(
         schema=SCHEMA,
         approach=APPROACH,
         model=target.describe_model(),
         environment=environment(),
         recipe=recipe(settings.compilation, target.device),
         file={},
-        build_seconds=stages.elapsed(),
+        build_seconds=seconds,
         details={
             "warmed": warmed,
             "entries": saved.entries,
@@ -64,12 +83,6 @@ def build(settings: BuildSettings, console: Console) -> dict:
             "verified": settings.build.verify,
         },
     )
-    if settings.build.verify:
-        margins = verify(manifest, saved.blob, eager, codec, settings, console)
-        check_differences(margins, target.dtype_name)
-        stages.close("verify")
-    written = publish(settings.files.pair(), manifest, saved.blob)
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
 
 
 def warm_up_all(
@@ -149,7 +162,7 @@ def verify(
     shared, margins = settings.shared, {}
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         pair = ArtifactPair(Path(folder, "cache.bin"), Path(folder, "cache_meta.json"))
-        publish(pair, manifest, blob)
+        write_artifact(pair, manifest, blob)
         same = [
             f"--model-id={shared.model_id}", f"--device={shared.device}", f"--dtype={shared.dtype}",
             f"--seed={shared.seed}", f"--cache-path={pair.path}", "--trust-artifact",
@@ -160,6 +173,8 @@ def verify(
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
             prompt = codec.synthetic_prompt(slots - new_tokens, shared.seed)
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
+            if str(slots) in manifest.details["decode_steps"]:
+                own.append("--precompile")
             outcome = run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
                 raise ScriptError(f"the artifact does not hit: {outcome.error}")
@@ -169,7 +184,7 @@ def verify(
     return margins
 
 
-def publish(pair: ArtifactPair, manifest: Manifest, blob: bytes) -> Manifest:
+def write_artifact(pair: ArtifactPair, manifest: Manifest, blob: bytes) -> Manifest:
     return write_pair(
         pair, lambda path: path.write_bytes(blob), lambda record: replace(manifest, file=record)
     )

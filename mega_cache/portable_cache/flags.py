@@ -129,6 +129,11 @@ class LoadFlags:
         if self.precompile and (self.eager or self.load_artifacts is False):
             raise ValueError("--precompile takes its decode step from the artifact: load it")
 
+    @property
+    def must_load(self) -> bool:
+        """Whether a run without the artifact is an error."""
+        return bool(self.load_artifacts or self.require_hit)
+
 
 @dataclass(frozen=True)
 class EquivalenceFlags:
@@ -138,11 +143,6 @@ class EquivalenceFlags:
         (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
     )
     logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
-
-    @property
-    def must_load(self) -> bool:
-        """Whether a run without the artifact is an error."""
-        return bool(self.load_artifacts or self.require_hit)
 
 
 @dataclass(frozen=True)

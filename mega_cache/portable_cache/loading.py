@@ -14,7 +14,7 @@ from common.target import Target
 from common.trust import TrustFlags
 from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, CompileFlags
-from portable_cache.recipe import find_differences, recipe
+from portable_cache.recipe import find_differences
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,8 @@ def load_artifact(
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
         lookups = _lookups_of(pair, manifest)
-        here, model = environment(), target.describe_model()
-        found = find_differences(manifest, here, model, recipe(flags, target.device))
-        raise_if_different(pair.path, found)
-        for difference in differences(manifest.environment, here, ("driver",)):
+        raise_if_different(pair.path, find_differences(manifest, target, flags))
+        for difference in differences(manifest.environment, environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         blob = read_blob(verified)
     try:
@@ -77,8 +75,7 @@ def use_decode_step(
 
     `wanted` None takes it when it is there and fits, with one warning when it does not fit.
     """
-    contracts = loaded.manifest.details.get("decode_steps", {}) if loaded else {}
-    contract = contracts.get(str(slots))
+    contract = loaded.manifest.details["decode_steps"].get(str(slots)) if loaded else None
     if wanted is False or (contract is None and wanted is None):
         return False
     try:
@@ -100,6 +97,8 @@ def use_decode_step(
 
 def _lookups_of(pair: ArtifactPair, manifest: Manifest) -> list[hits.Lookup]:
     try:
+        if not isinstance(manifest.details["decode_steps"], dict):
+            raise TypeError("decode_steps")
         return hits.parse_lookups(manifest.details["graphs"])
     except (KeyError, TypeError) as error:
         raise ArtifactDamagedError(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from common.manifest import Difference, Manifest, differences
+from common.report import environment
+from common.target import Target
 from portable_cache.flags import CACHE_IMPLEMENTATIONS, COMPILE_MODES, DYNAMIC, CompileFlags
 
 # a cache built under another value of one of these is never hit
@@ -19,10 +21,7 @@ def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
 
 
 def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:
-    """Return `told` with what is None in it taken from an artifact's metadata, else the defaults.
-
-    Nothing of that metadata needs trust yet: `find_differences` sees the verified one.
-    """
+    """Return `told` with what is None in it taken from an artifact, else from the defaults."""
     built = (_flags_of(manifest.recipe) if manifest else None) or CompileFlags()
     values = {name: value for name, value in vars(told).items() if value is not None}
     return replace(built, **values)
@@ -33,17 +32,13 @@ def shortest_that_holds(flags: CompileFlags, tokens: int) -> int | None:
     return min((slots for slots in flags.cache_lengths() if slots >= tokens), default=None)
 
 
-def find_differences(
-    manifest: Manifest,
-    environment: dict[str, Any],
-    model: dict[str, Any],
-    found_recipe: dict[str, Any],
-) -> list[Difference]:
+def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) -> list[Difference]:
     """Return every field in which this run is not what the artifact was built for."""
+    found = recipe(flags, target.device)
     return (
-        differences(manifest.environment, environment, _ENVIRONMENT_FIELDS)
-        + differences(manifest.model, model, _MODEL_FIELDS)
-        + differences(manifest.recipe, found_recipe, found_recipe)
+        differences(manifest.environment, environment(), _ENVIRONMENT_FIELDS)
+        + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
+        + differences(manifest.recipe, found, found)
     )
 
 
@@ -56,9 +51,9 @@ def _flags_of(values: dict[str, Any]) -> CompileFlags | None:
     sound = (
         all(type(number) is int for number in numbers)
         and min(numbers[:-1]) > 0
-        and numbers[-1] >= 0
+        and (numbers[-1] == 0 or numbers[-1] > 1)
         and values.get("cache_implementation") in CACHE_IMPLEMENTATIONS
-        and values.get("compile_dynamic") in DYNAMIC
+        and values.get("compile_dynamic") in tuple(DYNAMIC)
         and values.get("compile_mode") in COMPILE_MODES
         and isinstance(values.get("fullgraph"), bool)
     )

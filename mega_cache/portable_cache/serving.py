@@ -18,7 +18,6 @@ from common.prompts import (
     padding_token_id,
     prompts_of,
 )
-from common.report import environment
 from common.serve import run_document, serve_requests
 from common.stopwatch import Stages, process_start
 from common.store import fetch
@@ -31,7 +30,7 @@ from portable_cache.flags import (
     LoadFlags,
     RunSettings,
 )
-from portable_cache.recipe import find_differences, recipe, settle, shortest_that_holds
+from portable_cache.recipe import find_differences, settle, shortest_that_holds
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -145,13 +144,12 @@ def fetch_artifact(settings: RunSettings, target: Target, console: Console) -> R
     if flags.eager or flags.load_artifacts is False:
         return settings
 
-    def fits(manifest: Manifest) -> list[Difference]:
-        asked = recipe(settle(settings.compilation, manifest), target.device)
-        return find_differences(manifest, environment(), target.describe_model(), asked)
+    def unlike(manifest: Manifest) -> list[Difference]:
+        return find_differences(manifest, target, settle(settings.compilation, manifest))
 
     pair = settings.files.pair()
     try:
-        found = fetch(pair, settings.store.fetch, APPROACH, fits, settings.trust, console)
+        found = fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
     except ScriptError as error:
         if flags.must_load:
             raise
@@ -179,7 +177,6 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     """Set the compiler up, and load the artifact: must, must not, or if it can be."""
     from portable_cache import bundle, hits, loading
 
-    bundle.check_caches_are_on()
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
     if settings.loading.load_artifacts is False:

@@ -1,4 +1,4 @@
-"""One KV cache per prefill length and one more: what fits hits, with eager's tokens."""
+"""A KV cache per prefill length and one more: every prompt that fits hits, with eager's tokens."""
 
 import json
 

@@ -1,6 +1,5 @@
 """Flags of this folder's scripts: the published names, and what belongs to a run and to a trial."""
 
-import shlex
 import sys
 
 import benchmark_llama_modes
@@ -8,7 +7,7 @@ import pytest
 from helpers import FOLDER, run_command, run_script, run_wrapper
 
 from common.cli import parse_flags
-from common.flags import BenchmarkFlags, CompareFlags, ComparisonFlags
+from common.flags import BenchmarkFlags
 from portable_cache.flags import MODE_WORDS, UNTOLD, BuildSettings, CompileFlags, RunSettings
 
 PUBLISHED = {
@@ -46,12 +45,6 @@ PUBLISHED = {
     "check_equivalence.py": ["--logit-prompt-lengths=16,128,512"],
 }
 EVERYWHERE = ["--device=cpu", "--dtype=auto", "--seed=1", "--json=out.json", "--quiet"]
-GROUPS = {
-    "build": (BuildSettings,),
-    "run": (RunSettings, CompareFlags, ComparisonFlags),
-    "compare": (RunSettings, CompareFlags, ComparisonFlags),
-    "benchmark": (RunSettings, BenchmarkFlags, ComparisonFlags),
-}
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -70,22 +63,6 @@ def test_published_flags_parse_and_help_needs_no_torch(script):
     assert done.status == 0, done.stderr
     for flag in flags_given:
         assert flag.partition("=")[0].replace("--no-", "--") in done.stdout
-
-
-def commands_of_the_readmes():
-    for readme in (FOLDER / "README.md", FOLDER.parent / "README.md"):
-        for line in readme.read_text().splitlines() if readme.is_file() else ():
-            words = shlex.split(line.partition("#")[0]) if ".sh" in line[:40] else []
-            script = words[0].rpartition("/") if words else ("", "", "")
-            name = script[2].removesuffix(".sh")
-            if name in GROUPS and script[0] in (".", "mega_cache"):
-                yield pytest.param(name, words[1:], id=" ".join(words)[:60])
-
-
-@pytest.mark.parametrize(("name", "words"), commands_of_the_readmes())
-def test_commands_of_the_readmes_parse(name, words):
-    words = words[: words.index("&&")] if "&&" in words else words
-    parse_flags("", GROUPS[name], words, **({} if name == "build" else UNTOLD))
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_places_in_the_store_can_be_read_by_people(pair, url):
     )  # fmt: skip
     assert metadata.read_bytes() == pair.metadata_path.read_bytes()
     (file,) = set(metadata.parent.iterdir()) - {metadata}
-    assert file.name == f"{digest_of(pair.path)}.pt2"
+    assert file.name == f"{digest_of(pair.path)}.artifact"
 
 
 def test_what_was_not_verified_is_not_published(pair, url):
@@ -230,7 +230,7 @@ def test_a_pin_takes_its_artifact_and_no_other(pair, url):
 def test_a_copy_is_used_again(pair, url):
     publish(pair, url, 1)
     local, _ = fetch(url)
-    next(Path(url).rglob("*.pt2")).unlink()
+    next(Path(url).rglob("*.artifact")).unlink()
     assert fetch(url) == (local, 1)
 
 
@@ -273,7 +273,7 @@ print(time.monotonic() - began)
 
 def test_a_file_damaged_in_the_store_is_refused_until_it_is_published_again(pair, url, cache):
     publish(pair, url, 1)
-    file = next(Path(url).rglob("*.pt2"))
+    file = next(Path(url).rglob("*.artifact"))
     content = file.read_bytes()
     for wrong in (content[:-1], content[:-1] + b"\0", b""):
         file.write_bytes(wrong)

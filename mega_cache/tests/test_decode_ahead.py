@@ -1,8 +1,12 @@
-"""`--precompile`: a loaded start traces nothing, and what `generate` offers still works."""
+"""Steps compiled ahead of time: a start traces nothing, and what `generate` offers still works."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import run_script, run_wrapper, succeeded
+from helpers import FOLDER, run_script, run_wrapper, succeeded
 
 NEW_TOKENS = 24
 RUN = "run_llama_with_portable_cache.py"
@@ -11,10 +15,10 @@ RUN = "run_llama_with_portable_cache.py"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     flags = [f"--cache-path={tmp_path_factory.mktemp('artifact') / 'a.bin'}", "--device=cpu"]
-    warm_up = ["--model-id=random:tiny", "--prefill-lengths=16", "--decode-length=4"]
-    built = succeeded(run_wrapper("build.sh", *flags, *warm_up, "--precompile"))
-    assert "1 decode_step" in built.stdout, built.stderr
-    return [*flags, "--max-cache-len=2048", f"--max-new-tokens={NEW_TOKENS}"]
+    lengths = ["--model-id=random:tiny", "--prefill-lengths=16", "--decode-length=48"]
+    built = succeeded(run_wrapper("build.sh", *flags, *lengths, "--no-verify"))
+    assert "2 decode_step" in built.stdout, built.stderr
+    return [*flags, f"--max-new-tokens={NEW_TOKENS}"]
 
 
 def run(artifact, tmp_path, *flags, **environment):
@@ -32,10 +36,11 @@ def test_a_loaded_start_traces_nothing_and_the_first_request_is_like_the_second(
     assert document["output"]["requests_identical"]
 
 
-@pytest.mark.parametrize("length", [1, 129, 1500])
-def test_tokens_equal_eager(length, artifact, eager_tokens, tmp_path):
-    flags = ["--precompile", f"--prompt-length={length}"]
+@pytest.mark.parametrize(("length", "slots"), [(1, 64), (40, 64), (129, 2048), (1500, 2048)])
+def test_tokens_equal_eager_with_every_cache(length, slots, artifact, eager_tokens, tmp_path):
+    flags = ["--precompile", "--require-hit", f"--prompt-length={length}"]
     document = succeeded(run(artifact, tmp_path, *flags)).result
+    assert document["artifact"]["slots"] == slots
     assert document["output"]["token_ids"] == eager_tokens(length, NEW_TOKENS)
 
 
@@ -58,9 +63,34 @@ def test_another_thread_count_is_refused_or_traced_with_one_warning(artifact, tm
 
 
 def test_an_artifact_without_a_decode_step_says_how_to_get_one(tmp_path):
-    flags = [f"--cache-path={tmp_path / 'a.bin'}", "--device=cpu", "--max-cache-len=64"]
-    refused = run_script("build_llama_portable_cache.py", *flags[:2], "--precompile")
+    flags = [f"--cache-path={tmp_path / 'a.bin'}", "--device=cpu", "--precompile"]
+    refused = run_script(RUN, *flags, "--no-load-artifacts")
     assert refused.status == 2
-    assert "--precompile compiles one decode step: give --max-cache-len N too" in refused.stderr
-    refused = run_script(RUN, *flags, "--precompile", "--no-load-artifacts")
-    assert refused.status == 2
+
+
+LATER = """
+import sys
+import torch
+from portable_cache import decode_ahead
+
+with decode_ahead._without_the_compiler():
+    from torch._inductor.graph import GraphLowering
+
+    assert GraphLowering.save_output_code is None
+    {inside}
+assert ("torch._inductor.ir" in sys.modules) == ("compile_fx" in {inside!r})
+found = torch.compile(lambda x: (x * 2).sin())(torch.arange(8.0))
+assert torch.allclose(found, (torch.arange(8.0) * 2).sin())
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+assert torch._inductor.compile_fx.GraphLowering is torch._inductor.graph.GraphLowering
+"""
+
+
+@pytest.mark.parametrize("inside", ["pass", "import torch._inductor.compile_fx"])
+def test_a_process_that_loaded_without_the_compiler_can_compile_later(inside, tmp_path):
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(FOLDER)}
+    program = LATER.format(inside=inside)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | caches, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
