@@ -8,8 +8,8 @@ compiles. Build the artifact first with ./build.sh.
 
 from collections.abc import Sequence
 
-from common.cli import config_of, parse_flags, words_besides
-from common.compare import benchmark
+from common.cli import config_of, parse_flags
+from common.compare import benchmark, trial_words
 from common.errors import run_script
 from common.flags import BenchmarkFlags, ComparisonFlags
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=50, **UNTOLD)
     # before the user's words, which win
     words = [f"--num-requests={settings.prompt.num_requests}"]
-    words += words_besides((BenchmarkFlags, ComparisonFlags), argv)
+    words += trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
     config = config_of(settings, flags)
     benchmark(APPROACH, RUN_SCRIPT, words, MODES, settings.shared, flags, results, config)
 

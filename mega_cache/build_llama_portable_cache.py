@@ -14,8 +14,9 @@ from common.cli import Console, parse_flags
 from common.driver import open_driver
 from common.errors import run_script
 from common.report import markdown_table, write_json
+from common.store import publish
 from common.trials import private_compiler_caches
-from portable_cache.flags import BuildSettings, CacheFileFlags
+from portable_cache.flags import APPROACH, BuildSettings, CacheFileFlags
 
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
             document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
+    publish(pair, settings.store.publish, APPROACH, console)
 
 
 def report(document: dict, settings: BuildSettings, console: Console) -> None:

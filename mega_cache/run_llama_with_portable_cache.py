@@ -7,8 +7,8 @@
 
 from collections.abc import Sequence
 
-from common.cli import Console, config_of, parse_flags, words_besides
-from common.compare import compare
+from common.cli import Console, config_of, parse_flags
+from common.compare import compare, trial_words
 from common.driver import open_driver
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.flags import CompareFlags, ComparisonFlags
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, CompareFlags, ComparisonFlags)
     settings, comparing, results = parse_flags(__doc__, groups, argv, **UNTOLD)
     if comparing.compare_load_vs_skip:
-        words = words_besides((CompareFlags, ComparisonFlags), argv)
+        words = trial_words((CompareFlags, ComparisonFlags), argv, settings.prompt)
         modes = {mode: MODE_WORDS[mode] for mode in ("load", "skip")}
         config = config_of(settings, comparing)
         compare(APPROACH, RUN_SCRIPT, words, modes, settings.shared, comparing, results, config)

@@ -24,7 +24,8 @@ NUM_REQUESTS = 50
 def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
     settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=NUM_REQUESTS)
-    find_plan(settings)  # a disagreement shows before any trial
+    if settings.store.fetch is None:
+        find_plan(settings)  # a disagreement shows before any trial
     words = trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
     benchmark(
         APPROACH,

@@ -10,13 +10,14 @@ with ./run.sh.
 import shlex
 from collections.abc import Sequence
 
-from aotinductor.flags import BuildSettings, PackageFileFlags
+from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
 from common.artifacts import building
 from common.cli import Console, config_of, parse_flags
 from common.driver import open_driver
 from common.errors import run_script
 from common.flags import SharedFlags
 from common.report import markdown_table, write_json
+from common.store import publish
 from common.trials import private_compiler_caches
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
         from aotinductor.building import build
 
         document = build(settings, console)
+    publish(settings.files.pair(), settings.store.publish, APPROACH, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
         if results.plot:
             raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
         return run_once(settings)
-    find_plan(settings)  # a disagreement shows before any trial
+    if settings.store.fetch is None:
+        find_plan(settings)  # a disagreement shows before any trial
     compare(
         APPROACH,
         Path(__file__),

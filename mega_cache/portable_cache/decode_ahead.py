@@ -272,10 +272,10 @@ def _torch_load_function(data: bytes) -> Any:
 def _without_the_compiler() -> Iterator[None]:
     """Spare a load what it asks of the compiler and never uses.
 
-    FxGraphCache.cache_hit_post_compile imports Inductor's code generator (1 s) to look at one attribute, a hook of torch's own
-    tests, and starts Triton's driver and ptxas for the key of a cache that only Meta has. Whoever
-    takes more than a look at the stand-in gets the real class afterwards, so that the process can
-    compile whatever it wants later. The same on 2.9 to 2.13.
+    FxGraphCache.cache_hit_post_compile imports Inductor's code generator (1 s) to look at one
+    attribute, a hook of torch's own tests, and starts Triton's driver and ptxas for the key of a
+    cache that only Meta has. Whoever takes more than a look at the stand-in gets the real class
+    afterwards, so that the process can compile whatever it wants later. The same on 2.9 to 2.13.
     """
     from torch._inductor.runtime import autotune_cache
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from common.artifacts import ArtifactPair
 from common.cli import flag, non_negative_int, positive_int, positive_ints
 from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.store import FetchFlags, PublishFlags
 from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -138,6 +139,11 @@ class EquivalenceFlags:
     )
     logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
 
+    @property
+    def must_load(self) -> bool:
+        """Whether a run without the artifact is an error."""
+        return bool(self.load_artifacts or self.require_hit)
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -147,6 +153,7 @@ class BuildSettings:
     compilation: CompileFlags
     build: BuildFlags
     files: CacheFileFlags
+    store: PublishFlags
 
 
 @dataclass(frozen=True)
@@ -159,4 +166,5 @@ class RunSettings:
     loading: LoadFlags
     compilation: CompileFlags  # None in a field: not told
     files: CacheFileFlags
+    store: FetchFlags
     trust: TrustFlags

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from common.artifacts import ArtifactPair, peek_manifest
 from common.manifest import Difference, Manifest, differences
 from portable_cache.flags import CACHE_IMPLEMENTATIONS, COMPILE_MODES, DYNAMIC, CompileFlags
 
@@ -19,13 +18,12 @@ def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
     return asdict(flags) | {"batch_size": 1, "device": device.type}
 
 
-def settle(told: CompileFlags, pair: ArtifactPair) -> CompileFlags:
-    """Return `told` with what is None in it taken from the artifact at hand, else the defaults.
+def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:
+    """Return `told` with what is None in it taken from an artifact's metadata, else the defaults.
 
-    Nothing of that metadata is trusted yet: `find_differences` sees the verified one.
+    Nothing of that metadata needs trust yet: `find_differences` sees the verified one.
     """
-    manifest = peek_manifest(pair)
-    built = (manifest and _flags_of(manifest.recipe)) or CompileFlags()
+    built = (_flags_of(manifest.recipe) if manifest else None) or CompileFlags()
     values = {name: value for name, value in vars(told).items() if value is not None}
     return replace(built, **values)
 

@@ -1,14 +1,15 @@
 """One run, top to bottom: load the artifact, make the model, serve the requests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from common.artifacts import ArtifactPair
+from common.artifacts import ArtifactPair, peek_manifest
 from common.cli import Console, config_of
 from common.compile_counts import Watch, compiled_kernels, read_counts, watch_compilation
 from common.errors import ArtifactMismatchError, ScriptError
+from common.manifest import Difference, Manifest
 from common.prompts import (
     Printer,
     TextCodec,
@@ -17,12 +18,20 @@ from common.prompts import (
     padding_token_id,
     prompts_of,
 )
+from common.report import environment
 from common.serve import run_document, serve_requests
 from common.stopwatch import Stages, process_start
+from common.store import fetch
 from common.target import Target, choose_target
 from common.weights import list_checkpoint, start_upload
-from portable_cache.flags import APPROACH, CompileFlags, LoadFlags, RunSettings
-from portable_cache.recipe import settle, shortest_that_holds
+from portable_cache.flags import (
+    APPROACH,
+    CacheFileFlags,
+    CompileFlags,
+    LoadFlags,
+    RunSettings,
+)
+from portable_cache.recipe import find_differences, recipe, settle, shortest_that_holds
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -103,6 +112,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     from portable_cache import generation
 
     stages.close("imports")
+    settings = fetch_artifact(settings, target, console)
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     plan = make_plan(settings, [len(prompt) for prompt in prompts], console)
@@ -129,9 +139,30 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     return Ready(target, tensors, codec, prompts, plan, compiler, model, cache, ahead)
 
 
+def fetch_artifact(settings: RunSettings, target: Target, console: Console) -> RunSettings:
+    """Return the settings with the artifact that --fetch finds in its store, if it is asked for."""
+    flags = settings.loading
+    if flags.eager or flags.load_artifacts is False:
+        return settings
+
+    def fits(manifest: Manifest) -> list[Difference]:
+        asked = recipe(settle(settings.compilation, manifest), target.device)
+        return find_differences(manifest, environment(), target.describe_model(), asked)
+
+    pair = settings.files.pair()
+    try:
+        found = fetch(pair, settings.store.fetch, APPROACH, fits, settings.trust, console)
+    except ScriptError as error:
+        if flags.must_load:
+            raise
+        console.warn(f"{error}; compiling instead")
+        return replace(settings, loading=replace(flags, load_artifacts=False))
+    return replace(settings, files=CacheFileFlags(found.path, found.metadata_path))
+
+
 def make_plan(settings: RunSettings, lengths: list[int], console: Console) -> Plan:
     """Choose lengths by what the user says, then the artifact, then the defaults."""
-    flags = settle(settings.compilation, settings.files.pair())
+    flags = settle(settings.compilation, peek_manifest(settings.files.pair()))
     loading = settings.loading
     buckets = (loading.prefill_buckets or flags.prefill_lengths) if loading.bucket_pad else ()
     if buckets and max(lengths) > max(buckets):
@@ -151,14 +182,14 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     bundle.check_caches_are_on()
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
-    wanted, pair = settings.loading.load_artifacts, settings.files.pair()
-    if wanted is False:
+    if settings.loading.load_artifacts is False:
         return Compiler(watch, lookups, None)
+    pair = settings.files.pair()
     try:
         check_length(plan, pair)
         loaded = loading.load_artifact(pair, target, plan.flags, settings.trust, watch, console)
     except ScriptError as error:
-        if wanted or settings.loading.require_hit:
+        if settings.loading.must_load:
             raise
         console.warn(f"{error}; compiling instead")
         loaded = None

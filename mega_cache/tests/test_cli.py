@@ -1,18 +1,15 @@
-"""Flags: declared once, the published names, and the same after a trip through argv."""
+"""Flags of this folder's scripts: the published names, and what belongs to a run and to a trial."""
 
-import dataclasses
+import shlex
 import sys
 
-import build_llama_portable_cache as build_script
+import benchmark_llama_modes
 import pytest
-import run_llama_with_portable_cache as run_script_module
 from helpers import FOLDER, run_command, run_script, run_wrapper
-from hypothesis import given
-from hypothesis import strategies as st
 
-from common import flags
-from common.cli import parse_flags, to_argv
-from portable_cache.flags import BuildFlags, CompileFlags, LoadFlags
+from common.cli import parse_flags
+from common.flags import BenchmarkFlags, CompareFlags, ComparisonFlags
+from portable_cache.flags import MODE_WORDS, UNTOLD, BuildSettings, CompileFlags, RunSettings
 
 PUBLISHED = {
     "build_llama_portable_cache.py": [
@@ -33,6 +30,8 @@ PUBLISHED = {
         "--prompt=Write a short explanation of portable torch.compile caches.",
         "--max-new-tokens=128",
         "--temperature=0.0",
+        "--top-k=0",
+        "--top-p=1.0",
         "--load-artifacts",
         "--no-load-artifacts",
         "--compare-load-vs-skip",
@@ -44,8 +43,15 @@ PUBLISHED = {
         "--repeats=2",
         "--modes=compile_preload,compile_no_preload,eager",
     ],
+    "check_equivalence.py": ["--logit-prompt-lengths=16,128,512"],
 }
 EVERYWHERE = ["--device=cpu", "--dtype=auto", "--seed=1", "--json=out.json", "--quiet"]
+GROUPS = {
+    "build": (BuildSettings,),
+    "run": (RunSettings, CompareFlags, ComparisonFlags),
+    "compare": (RunSettings, CompareFlags, ComparisonFlags),
+    "benchmark": (RunSettings, BenchmarkFlags, ComparisonFlags),
+}
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -66,38 +72,20 @@ def test_published_flags_parse_and_help_needs_no_torch(script):
         assert flag.partition("=")[0].replace("--no-", "--") in done.stdout
 
 
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+def commands_of_the_readmes():
+    for readme in (FOLDER / "README.md", FOLDER.parent / "README.md"):
+        for line in readme.read_text().splitlines() if readme.is_file() else ():
+            words = shlex.split(line.partition("#")[0]) if ".sh" in line[:40] else []
+            script = words[0].rpartition("/") if words else ("", "", "")
+            name = script[2].removesuffix(".sh")
+            if name in GROUPS and script[0] in (".", "mega_cache"):
+                yield pytest.param(name, words[1:], id=" ".join(words)[:60])
 
 
-@given(
-    st.builds(
-        flags.PromptFlags,
-        prompt=texts,
-        prompt_length=st.integers(0, 10**6),
-        max_new_tokens=st.integers(1, 10**6),
-        ignore_eos=st.booleans(),
-    ),
-    st.builds(
-        LoadFlags,
-        load_artifacts=st.sampled_from([True, False, None]),
-        prefill_buckets=st.lists(st.integers(1, 4096), unique=True).map(
-            lambda lengths: tuple(sorted(lengths))
-        ),
-    ),
-    st.builds(CompileFlags, fullgraph=st.booleans(), max_cache_len=st.integers(0, 10**6)),
-)
-def test_flags_survive_the_trip_through_argv(prompt, loading, compilation):
-    groups = (prompt, loading, compilation)
-    assert parse_flags("", [type(group) for group in groups], to_argv(*groups)) == groups
-
-
-def test_every_flag_has_a_help_text_and_no_flag_is_declared_twice():
-    for settings in (build_script.Settings, run_script_module.RunSettings):
-        groups = [field.type for field in dataclasses.fields(settings)]
-        fields = [field for group in groups for field in dataclasses.fields(group)]
-        assert all(field.metadata["help"] for field in fields)
-        names = [field.name for field in fields]
-        assert len(names) == len(set(names))
+@pytest.mark.parametrize(("name", "words"), commands_of_the_readmes())
+def test_commands_of_the_readmes_parse(name, words):
+    words = words[: words.index("&&")] if "&&" in words else words
+    parse_flags("", GROUPS[name], words, **({} if name == "build" else UNTOLD))
 
 
 @pytest.mark.parametrize(
@@ -105,27 +93,42 @@ def test_every_flag_has_a_help_text_and_no_flag_is_declared_twice():
     [
         ("run_llama_with_portable_cache.py", "--max-new-tokens=0", ">= 1"),
         ("build_llama_portable_cache.py", "--prefill-lengths=128,x", "'x' is not a whole number"),
-        ("run_llama_with_portable_cache.py", "--prompt=", "--prompt is empty"),
+        ("build_llama_portable_cache.py", "--max-cache-len=1", "no room for a token"),
+        ("run_llama_with_portable_cache.py", "--eager --require-hit", "nothing to check"),
+        ("run_llama_with_portable_cache.py", "--top-k=4", "give --temperature too"),
         ("benchmark_llama_modes.py", "--modes=compile_preload,warp", "unknown name 'warp'"),
-        ("run_llama_with_portable_cache.py", "--temperature=nan", "finite"),
-        ("run_llama_with_portable_cache.py", "--warp", "unrecognized arguments"),
     ],
 )
 def test_a_bad_flag_is_one_clear_line_and_status_2(script, flag, words):
-    done = run_script(script, flag)
+    done = run_script(script, *flag.split())
     assert done.status == 2
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
-def test_lengths_are_sorted_and_unique():
-    (build,) = parse_flags("", (BuildFlags,), ["--prefill-lengths=256,128,256"])
-    assert build.prefill_lengths == (128, 256)
-
-
 @pytest.mark.parametrize("wrapper", ["build.sh", "run.sh", "compare.sh", "benchmark.sh"])
-def test_a_users_flag_after_the_wrapper_wins(wrapper):
-    # max-cache-len is in every wrapper's defaults; the last one given is the one that is refused
+def test_wrappers_hand_a_users_flags_on(wrapper):
     done = run_wrapper(wrapper, "--max-cache-len", "-5")
     assert done.status == 2
     assert "got -5" in done.stderr
+
+
+def test_a_build_has_defaults_where_a_run_asks_the_artifact():
+    (built,) = parse_flags("", (BuildSettings,), [])
+    (ran,) = parse_flags("", (RunSettings,), [], **UNTOLD)
+    assert built.compilation == CompileFlags() and built.build.precompile
+    assert set(vars(ran.compilation).values()) == {None}
+
+
+@pytest.mark.parametrize("mode", MODE_WORDS)
+@pytest.mark.parametrize(
+    "words", [[], ["--load-artifacts", "--require-hit", "--precompile"], ["--no-load-artifacts"]]
+)
+def test_the_words_of_a_mode_win_over_any_of_the_users(mode, words):
+    (ran,) = parse_flags("", (RunSettings,), [*words, *MODE_WORDS[mode]], **UNTOLD)
+    assert ran.loading.eager == (mode == "eager")
+    assert ran.loading.load_artifacts == (mode == "load")
+
+
+def test_each_published_mode_has_its_words():
+    assert tuple(benchmark_llama_modes.MODES) == BenchmarkFlags().modes

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,7 +55,7 @@ def compile_base_package(
     needs, or leaves them to be bound, which a start without unpacking them needs.
     """
     exported = export_base_graph(model, bounds, example_seq_len)
-    (name,) = OPENED[False]
+    name = OPENED[False][0]
     program = Program(exported, {"max_autotune": max_autotune})
     files = {name: compile_program(program, _CODE_ONLY)}
     constants = list_constants([exported])
@@ -97,7 +97,7 @@ def compile_kv_package(
     }
 
 
-def compile_program(program: Program, place: Mapping[str, object]) -> list:
+def compile_program(program: Program, place: Mapping[str, object]) -> Any:
     """Return the files of one compiled program, its constants where `place` has them."""
     from torch._inductor import aot_compile
 
@@ -194,7 +194,7 @@ def used_constant_names(exported: torch.export.ExportedProgram) -> list[str]:
     wanted = (kinds.PARAMETER, kinds.BUFFER, kinds.CONSTANT_TENSOR)
     used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
     specs = (spec for spec in exported.graph_signature.input_specs if spec.kind in wanted)
-    return [spec.target for spec in specs if spec.arg.name in used]
+    return [str(spec.target) for spec in specs if spec.arg.name in used]
 
 
 def describe_constant(exported: torch.export.ExportedProgram, name: str) -> Constant:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts import ArtifactPair
-from common.cli import flag, positive_int
+from common.cli import flag, positive_int, positive_ints
 from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.store import FetchFlags, PublishFlags
 from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -160,6 +161,16 @@ class LoadFlags:
 
 
 @dataclass(frozen=True)
+class EquivalenceFlags:
+    """equivalence"""
+
+    logit_prompt_lengths: tuple[int, ...] = flag(
+        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
+    )
+    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
+
+
+@dataclass(frozen=True)
 class BuildSettings:
     """Every flag of a build, by group."""
 
@@ -168,6 +179,7 @@ class BuildSettings:
     shape: ShapeFlags
     compilation: CompileFlags
     files: PackageFileFlags
+    store: PublishFlags
 
     def __post_init__(self):
         slots, longest = self.graph.slots(self.shape), self.shape.max_seq_len
@@ -194,6 +206,7 @@ class RunSettings:
     loading: LoadFlags
     shape: ExpectedShapeFlags
     files: PackageFileFlags
+    store: FetchFlags
     trust: TrustFlags
 
     @property

@@ -11,7 +11,7 @@ from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFl
 from common.artifacts import peek_manifest
 from common.errors import ArtifactDamagedError, UsageError
 from common.flags import DEVICES, DTYPES, SharedFlags
-from common.manifest import differences, raise_if_different
+from common.manifest import Difference, differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
 
@@ -137,12 +137,17 @@ def find_plan(settings: RunSettings) -> Plan:
     if manifest is None or manifest.approach != APPROACH:
         return Plan(override(settings.shape), {})
     built = manifest.recipe
-    given = {name: value for name, value in asdict(settings.shape).items() if value is not None}
-    found = differences(built, given, given)
+    found = shape_differences(built, settings)
     if settings.mode == "load":
         raise_if_different(settings.files.package_path, found)
     bounds = override(settings.shape) if found else parse_bounds(built)
     return Plan(bounds, built, manifest.model.get("dtype"))
+
+
+def shape_differences(built: dict[str, Any], settings: RunSettings) -> list[Difference]:
+    """Return the lengths that the user asks for and that the package was not built with."""
+    given = {name: value for name, value in asdict(settings.shape).items() if value is not None}
+    return differences(built, given, given)
 
 
 def check_request(bounds: Bounds, prompt_tokens: int, max_new_tokens: int) -> None:

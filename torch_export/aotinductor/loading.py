@@ -92,6 +92,8 @@ def _load(
     stages: Stages,
 ) -> Engine:  # fmt: skip
     details, device = manifest.details, target.device
+    if manifest.recipe["kv_cache"] != ("cache" in details):
+        raise ValueError("its metadata's recipe and details are of different graphs")
     constants = [Constant.from_json(row) for row in details["constants"]]
     upload = _start_upload(path, constants, manifest, target)
     clock = threading.Thread(target=_time_upload, args=(upload, stages))
@@ -141,7 +143,8 @@ def make_engine(
         return BaseGenerator(base_step(model), device)
     cache = CacheShape(**details["cache"])
     table = rope_table(**details["rope"], slots=cache.slots, dtype=dtype, device=device)
-    return Generator(*models, cache, table)
+    prefill, decode = models
+    return Generator(prefill, decode, cache, table)
 
 
 def base_step(model: Model) -> Step:

@@ -1,19 +1,22 @@
 """One run, from the process's start to its result: set up, serve every request, tell."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from aotinductor.flags import APPROACH, RunSettings
-from aotinductor.lengths import Plan, find_plan
+from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
+from aotinductor.lengths import Plan, find_plan, shape_differences
 from aotinductor.loading import Engine, load_package
+from aotinductor.recipe import find_differences
 from aotinductor.sampling import make_sampler
 from common.cli import Console, config_of
 from common.compile_counts import Watch, read_counts, watch_compilation
 from common.errors import UsageError
+from common.manifest import Difference, Manifest
 from common.prompts import Printer, load_codec, padding_token_id, prompts_of
 from common.serve import Generate, run_document, serve_requests
 from common.stopwatch import Stages, process_start
+from common.store import fetch
 from common.target import Target, choose_target, load_model
 
 
@@ -38,6 +41,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     """Set up, serve every request, and return the run's result."""
     stages = Stages(process_start())
     stages.close("imports")
+    settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
     target = choose_target(plan.fill_in(settings.shared), console)
     cuda_graph = wants_cuda_graph(settings, target, plan)
@@ -64,13 +68,29 @@ def run(settings: RunSettings, console: Console) -> dict:
     setup_seconds = stages.elapsed()
     printer = Printer(settings.prompt, codec)
     served = serve_requests(generate, prompts, target, stages, printer, console)
-    length = len(prompts[0])
-    return run_document(
+    document = run_document(
         APPROACH, settings.mode, config_of(settings), target, codec, served, setup_seconds, stages,
-        read_counts(watch),
-        artifact=loaded.as_json() if loaded else None,
-        padded_tokens=length if settings.mode == "eager" else request.padded(length),
+        read_counts(watch), artifact=loaded.as_json() if loaded else None,
     )  # fmt: skip
+    length = len(prompts[0])
+    padded = length if settings.mode == "eager" else request.padded(length)
+    document["output"]["padded_tokens"] = padded
+    return document
+
+
+def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings:
+    """Return the settings with the local copy of a store's package, where --fetch asks for one."""
+    if settings.store.fetch is None:
+        return settings
+    target = choose_target(settings.shared, Console(quiet=True))
+
+    def fits(manifest: Manifest) -> list[Difference]:
+        return find_differences(manifest, target) + shape_differences(manifest.recipe, settings)
+
+    pair = fetch(
+        settings.files.pair(), settings.store.fetch, APPROACH, fits, settings.trust, console
+    )
+    return replace(settings, files=PackageFileFlags(pair.path, pair.metadata_path))
 
 
 def wants_cuda_graph(settings: RunSettings, target: Target, plan: Plan) -> bool:

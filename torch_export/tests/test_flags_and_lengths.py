@@ -5,31 +5,29 @@ import shlex
 import sys
 from dataclasses import fields
 
-import build_llama_aotinductor
 import pytest
-import run_llama_aotinductor
 from helpers import FOLDER, run_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aotinductor.bounds import Bounds, check_request, make_bounds, override, parse_bounds
-from aotinductor.flags import ExpectedShapeFlags, PackageFileFlags, ShapeFlags
-from common.cli import parse_flags, to_argv
+from aotinductor.flags import (
+    BuildSettings,
+    ExpectedShapeFlags,
+    PackageFileFlags,
+    RunSettings,
+    ShapeFlags,
+)
+from aotinductor.lengths import Bounds, check_request, make_bounds, override, parse_bounds
+from common.cli import config_of, parse_flags
 from common.errors import ArtifactDamagedError, UsageError
-from common.flags import BenchmarkFlags, CompareFlags, OutcomeFlags, PlotFlags, SweepFlags
+from common.flags import BenchmarkFlags, CompareFlags, ComparisonFlags
 
-RUN_GROUPS = (run_llama_aotinductor.RunSettings, CompareFlags, OutcomeFlags)
+RUN_GROUPS = (RunSettings, CompareFlags, ComparisonFlags)
 GROUPS = {
-    "build.sh": (build_llama_aotinductor.Settings,),
+    "build.sh": (BuildSettings,),
     "run.sh": RUN_GROUPS,
     "compare.sh": RUN_GROUPS,
-    "benchmark.sh": (
-        run_llama_aotinductor.RunSettings,
-        BenchmarkFlags,
-        SweepFlags,
-        PlotFlags,
-        OutcomeFlags,
-    ),
+    "benchmark.sh": (RunSettings, BenchmarkFlags, ComparisonFlags),
 }
 SCRIPTS = {
     "build_llama_aotinductor.py": "build.sh",
@@ -79,21 +77,24 @@ def test_help_answers_without_torch(script, tmp_path):
     assert "--package-path" in done.stdout
 
 
-@pytest.mark.parametrize("wrapper", GROUPS)
-def test_a_users_flag_beats_the_wrappers(wrapper, tmp_path):
+@pytest.mark.parametrize(
+    ("wrapper", "mine"),
+    [
+        ("build.sh", {"max_seq_len": 64, "example_seq_len": 16}),
+        ("run.sh", {"max_new_tokens": 3}),
+        ("compare.sh", {"compare_runs": 7, "max_new_tokens": 3}),
+        ("benchmark.sh", {"num_requests": 3, "repeats": 5}),
+    ],
+)
+def test_a_users_flag_beats_the_wrappers(wrapper, mine, tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    mine = {
-        "build.sh": ["--max-seq-len=64", "--no-max-autotune"],
-        "run.sh": ["--bucket-pad", "--max-new-tokens=3"],
-        "compare.sh": ["--compare-runs=7", "--max-new-tokens=3"],
-        "benchmark.sh": ["--no-compile-dynamic-seq-len", "--num-requests=3", "--repeats=5"],
-    }[wrapper]
-    done = run_command([FOLDER / wrapper, *mine], PYTHON=str(tmp_path / "python"))
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in mine.items()]
+    done = run_command([FOLDER / wrapper, *words], PYTHON=str(tmp_path / "python"))
     script, *argv = done.stdout.splitlines()
     assert done.status == 0 and script.startswith(str(FOLDER))
-    parsed = to_argv(*parse_flags("", GROUPS[wrapper], argv))
-    assert set(mine) <= set(parsed)
+    parsed = config_of(*parse_flags("", GROUPS[wrapper], argv))
+    assert mine.items() <= parsed.items()
 
 
 def test_a_wrapper_keeps_the_users_folder(tmp_path, monkeypatch):
