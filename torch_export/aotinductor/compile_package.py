@@ -18,6 +18,7 @@ import torch
 
 from aotinductor import kv_graphs
 from aotinductor.base import export_base_graph
+from aotinductor.host_code import portable_host_code
 from aotinductor.kv_cache import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.package import OPENED, PLAIN_MODEL, Constant
@@ -115,7 +116,8 @@ def compile_program(program: Program, place: Mapping[str, object]) -> Any:
         # all but CPP, whose template for CPUs packs this checkpoint's weights into a new constant
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
-    return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
+    with portable_host_code(args[0].device):
+        return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
 
 
 def package(path: Path, files: Mapping[str, list]) -> None:
