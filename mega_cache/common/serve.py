@@ -1,6 +1,5 @@
 """Serving the requests of a run: timed, streamed, and told as the run's result."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -149,26 +148,27 @@ def _decode_rates(target: Target, served: Sequence[Served]) -> dict[str, float |
         "seconds_per_token": seconds,
         "tokens_per_second": 1 / seconds if seconds else None,
         "bytes_per_token": needed,
-        "bytes_per_second": needed / seconds if seconds else None,
+        "bytes_per_second": needed / seconds if needed and seconds else None,
         "device_bytes_per_second": peak,
-        "bandwidth_share": needed / seconds / peak if seconds and peak else None,
+        "bandwidth_share": needed / seconds / peak if needed and seconds and peak else None,
     }
 
 
-def bytes_per_token(target: Target, filled_slots: float) -> float:
+def bytes_per_token(target: Target, filled_slots: float) -> float | None:
     """Return the bytes that decoding one token must read at least, at batch size 1.
 
     Every weight once, except the embedding table, of which one row is looked up (a tied one is
-    read whole as the output layer), and K and V of the filled slots.
+    read whole as the output layer), and K and V of the filled slots. None where the folder holds
+    the configuration only, because the artifact brings the weights.
     """
+    try:
+        stored = list_checkpoint(target.checkpoint.folder)
+    except FileNotFoundError:
+        return None
     config = target.checkpoint.config
     tied = config.get("tie_word_embeddings", False)
     unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
-    weights = sum(
-        math.prod(stored.shape)
-        for name, stored in list_checkpoint(target.checkpoint.folder).items()
-        if not name.endswith(unread)
-    )
+    weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -207,7 +207,8 @@ def summary_lines(document: dict) -> list[str]:
     speed = document["decode"]
     if speed["seconds_per_token"]:
         text = f"decode {speed['tokens_per_second']:.1f} tokens/s"
-        text += f", {speed['bytes_per_second'] / 1e9:.1f} GB/s"
+        if speed["bytes_per_second"]:
+            text += f", {speed['bytes_per_second'] / 1e9:.1f} GB/s"
         if speed["bandwidth_share"]:
             text += f" ({speed['bandwidth_share']:.0%} of the GPU's bandwidth)"
         lines.append(text)

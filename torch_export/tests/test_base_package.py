@@ -1,6 +1,7 @@
 """A package of the base graph gives the tokens of eager `generate`, whatever the length."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,17 @@ def test_a_start_unpacks_code_and_no_weights(tiny, package):
     assert done.status == 0, done.stderr
     plain = f"import torch; torch._inductor.aoti_load_package({str(package)!r})"
     assert run_limited(below, ["-c", plain]).status != 0  # which does unpack them
+
+
+def test_a_package_with_its_weights_needs_no_others(package, presets_folder, tmp_path):
+    (checkpoint,) = presets_folder.glob("random-tiny-*")
+    for path in checkpoint.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    flags = ["--device=cpu", f"--package-path={package}", *SHORT]
+    whole = succeeded(run_script(RUN, *flags, result=tmp_path / "whole.json"))
+    alone = run_script(RUN, *flags, f"--model-id={tmp_path}", result=tmp_path / "alone.json")
+    assert succeeded(alone).result["output"] == whole.result["output"]
+    assert alone.result["decode"]["bytes_per_second"] is None  # unknown, not 0
 
 
 def test_a_program_of_ones_own_gets_logits_from_the_package(tiny, package, tmp_path):
