@@ -82,7 +82,7 @@ def compile_kv_package(
         ),
         "decode": Program(
             kv_graphs.export_decode(model, cache),
-            {"max_autotune": max_autotune} | kv_graphs.decode_options(model.device.type),
+            {"max_autotune": max_autotune} | kv_graphs.decode_options(model),
         ),
     }
     place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY

@@ -27,6 +27,10 @@ from common.errors import UsageError
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
 ARGMAX_PARTS = 256
+# A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
+# places in each layer where several threads would wait for each other. random:tiny, 12 MB, beside
+# other work: 1 to 73 ms a token with two threads, 0.7 to 2.4 with one.
+ONE_THREAD_BYTES = 64 * 2**20
 
 
 class _CachedLlama(nn.Module):
@@ -280,10 +284,15 @@ def export_decode(causal_lm, cache: CacheShape) -> torch.export.ExportedProgram:
         return torch.export.export(DecodeGraph(causal_lm), state, dynamic_shapes=shapes)
 
 
-def decode_options(device: str) -> dict[str, object]:
+def decode_options(causal_lm) -> dict[str, object]:
     """Return the Inductor options that decode needs beside those of all graphs."""
-    # q, k and v have different numbers of rows: only a combined kernel launches them as one
-    return {"combo_kernels": True} if device == "cuda" else {}
+    if causal_lm.device.type == "cuda":
+        # q, k and v have different numbers of rows: only a combined kernel launches them as one
+        return {"combo_kernels": True}
+    weights_bytes = sum(weight.nbytes for weight in causal_lm.parameters())
+    # A thread that waits for another one spins, and on a machine with other work waits long.
+    one_thread = {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    return one_thread if weights_bytes < ONE_THREAD_BYTES else {}
 
 
 def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:

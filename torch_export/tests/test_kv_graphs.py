@@ -194,7 +194,9 @@ def package(tmp_path_factory):
 def sources(biased, package):
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a machine of one core
-    generated = compile_graphs(biased, package)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_graphs, "ONE_THREAD_BYTES", 0)  # as a large model is compiled
+        generated = compile_graphs(biased, package)
     torch.set_num_threads(before)
     return generated
 
@@ -205,6 +207,13 @@ def test_compiled_graphs_with_biases_give_eagers_tokens(biased, package, sources
     graphs = [open_model(package, name, biased.device, weights) for name in ("prefill", "decode")]
     threads(count)  # more than at build: each piece of work is still done once
     assert_tokens_equal_eager(make_generator(biased, *graphs), biased)
+
+
+def test_decode_of_a_small_model_on_a_cpu_is_one_threads_work(monkeypatch):
+    model = make_model()
+    assert kv_graphs.decode_options(model) == {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    monkeypatch.setattr(kv_graphs, "ONE_THREAD_BYTES", 0)
+    assert kv_graphs.decode_options(model) == {}
 
 
 def largest_allocation(source: str, symbol_value: int) -> int:
