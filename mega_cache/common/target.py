@@ -5,6 +5,7 @@ Differences between the supported stacks that both folders meet are settled here
 """
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class Target:
 
 def choose_target(flags: SharedFlags, console: Console) -> Target:
     device = choose_device(flags.device)
-    quiet_compiler_logs(device)
+    quiet_compiler_logs(device, console.quiet)
     return Target(
         resolve_checkpoint(flags.model_id, console), device, choose_dtype(flags.dtype, device)
     )
@@ -90,14 +91,17 @@ def device_bandwidth(device: torch.device) -> float | None:
     return 2 * kilohertz * 1e3 * bits / 8 or None
 
 
-def quiet_compiler_logs(device: torch.device) -> None:
-    """Keep Inductor's notes about missing CUDA graphs off stderr where there is no CUDA.
+def quiet_compiler_logs(device: torch.device, quiet: bool) -> None:
+    """Keep off stderr what the compiler says that is no news: advice, and skipped CUDA graphs.
 
-    On a GPU they stay: there a skipped CUDA graph is news.
+    On a GPU a skipped CUDA graph is news, but for a user who wants none (--quiet).
     """
-    if device.type != "cuda":
-        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    if quiet:
+        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
+    if quiet or device.type != "cuda":
+        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_model(target: Target, attention: str = "sdpa") -> "PreTrainedModel":

@@ -19,6 +19,7 @@ from common.prompts import TextCodec, load_codec
 from common.report import environment
 from common.stopwatch import Stages, process_start
 from common.target import Target, choose_target
+from common.toolchain import prepare_toolchain
 from common.trials import run_trial
 from common.weights import list_checkpoint, start_upload
 from portable_cache import attention, bundle, decode_ahead, generation, hits
@@ -37,6 +38,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.configure()
     bundle.watch()
     target = choose_target(settings.shared, console)
+    prepare_toolchain(target.device, host_code=False, console=console)
     watch, lookups = watch_compilation(), hits.watch_lookups()
     stages.close("device")
     stored = list_checkpoint(target.checkpoint.folder)

@@ -43,8 +43,7 @@ def make_model(
         )
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    # the one thing that is neither in a checkpoint nor on the meta device's arithmetic: computed on
-    # the CPU, as from_pretrained does
+    # its frequencies are in no checkpoint: computed on the CPU, as from_pretrained does
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=model.config).to(target.device)
     named = (*model.named_parameters(), *model.named_buffers())

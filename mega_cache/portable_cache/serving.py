@@ -22,6 +22,7 @@ from common.serve import run_document, serve_requests
 from common.stopwatch import Stages, process_start
 from common.store import fetch
 from common.target import Target, choose_target
+from common.toolchain import prepare_toolchain
 from common.weights import list_checkpoint, start_upload
 from portable_cache.flags import (
     APPROACH,
@@ -180,6 +181,7 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
     bundle.configure()
     watch, lookups = watch_compilation(), hits.watch_lookups()
     if settings.loading.load_artifacts is False:
+        prepare_toolchain(target.device, host_code=False, console=console)
         return Compiler(watch, lookups, None)
     pair = settings.files.pair()
     try:
@@ -189,6 +191,7 @@ def open_compiler(settings: RunSettings, target: Target, plan: Plan, console: Co
         if settings.loading.must_load:
             raise
         console.warn(f"{error}; compiling instead")
+        prepare_toolchain(target.device, host_code=False, console=console)
         loaded = None
     return Compiler(watch, lookups, loaded)
 

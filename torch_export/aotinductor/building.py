@@ -18,6 +18,7 @@ from common.manifest import SCHEMA, Manifest
 from common.report import environment
 from common.stopwatch import Stages, process_start
 from common.target import Target, choose_target, load_model
+from common.toolchain import prepare_toolchain
 from common.weights import list_checkpoint
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
@@ -29,6 +30,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
+    prepare_toolchain(target.device, host_code=True, console=console)
     check_target(settings.files.pair(), needed_bytes(settings.graph, target.checkpoint.folder))
     details: dict = {}
 

@@ -18,6 +18,7 @@ import torch
 
 from aotinductor import kv_graphs
 from aotinductor.base import export_base_graph
+from aotinductor.host_code import portable_host_code
 from aotinductor.kv_cache import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.package import OPENED, PLAIN_MODEL, Constant
@@ -108,10 +109,15 @@ def compile_program(program: Program, place: Mapping[str, object]) -> Any:
         "aot_inductor.package": True,
         # or the kernels are built for this machine's number of cores, whatever the other one has
         "cpp.dynamic_threads": True,
+        # More than one, also where a build has one: with 1 Inductor leaves out what keeps several
+        # threads of a later run from all doing the same piece of work (`omp single`), and each of
+        # them advances `position` (torch 2.9.1 to 2.13). How many hardly matters.
+        "cpp.threads": 16,
         # all but CPP, whose template for CPUs packs this checkpoint's weights into a new constant
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
-    return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
+    with portable_host_code(args[0].device):
+        return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
 
 
 def package(path: Path, files: Mapping[str, list]) -> None:

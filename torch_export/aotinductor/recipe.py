@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aotinductor.flags import BuildSettings
+from aotinductor.host_code import instruction_set
 from aotinductor.lengths import Bounds
 from common.manifest import Difference, Manifest, differences
 from common.report import package_version
@@ -79,13 +80,11 @@ def _converts_weights(target: Target) -> bool:
 
 def _fixed_recipe(target: Target) -> dict[str, Any]:
     """Return the settings that a run has no flag for."""
-    on_cpu = target.device.type == "cpu"
     return {
         "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
         "batch_size": 1,
         "device": target.device.type,
-        # the compiler writes for this machine's vector instructions: elsewhere they may not exist
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        "cpu_capability": instruction_set(target.device),
     }
 
 

@@ -18,6 +18,7 @@ from common.serve import Generate, run_document, serve_requests
 from common.stopwatch import Stages, process_start
 from common.store import fetch
 from common.target import Target, choose_target, load_model
+from common.toolchain import prepare_toolchain
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         )  # fmt: skip
         generate = generate_with(loaded.engine, request)
     else:
-        watch, generate = set_up_without(request, cuda_graph, stages)
+        watch, generate = set_up_without(request, cuda_graph, stages, console)
     setup_seconds = stages.elapsed()
     printer = Printer(settings.prompt, codec)
     served = serve_requests(generate, prompts, target, stages, printer, console)
@@ -134,7 +135,7 @@ def generate_with(engine: Engine, request: Request) -> Generate:
 
 
 def set_up_without(
-    request: Request, cuda_graph: bool, stages: Stages
+    request: Request, cuda_graph: bool, stages: Stages, console: Console
 ) -> tuple[Watch | None, Generate]:
     """Return what serves a request without the package: eager, or compiled at runtime."""
     # imported here: they bring the compiler and transformers, which a load does not pay for
@@ -144,7 +145,10 @@ def set_up_without(
 
     settings, plan = request.settings, request.plan
     eager = settings.mode == "eager"
+    export = settings.loading.no_preload_method == "export"
     watch = None if eager else watch_compilation()
+    if not eager:
+        prepare_toolchain(request.target.device, host_code=export, console=console)
     stages.close("imports")
     model = load_model(request.target)
     stages.close("weights")
@@ -156,7 +160,7 @@ def set_up_without(
     if max_autotune is None:  # as the package was built where there is one
         max_autotune = bool(plan.built.get("max_autotune", True))
     compiler = RuntimeCompiler(
-        export=settings.loading.no_preload_method == "export",
+        export=export,
         one_dynamic_graph=settings.loading.compile_dynamic_seq_len,
         max_autotune=max_autotune,
         cuda_graph=cuda_graph,

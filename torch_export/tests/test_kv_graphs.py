@@ -4,17 +4,17 @@ A cache that is copied is as right as one that is not, only slow: so the generat
 """
 
 import re
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor import aot_compile
-from torch._inductor.package import package_aoti
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aotinductor import kv_graphs
+from aotinductor.compile_package import compile_kv_package
 from aotinductor.flags import ShapeFlags
 from aotinductor.kv_cache import CacheShape, rope_table
 from aotinductor.kv_generation import Generator
@@ -24,8 +24,7 @@ from common.errors import UsageError
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
 LENGTHS = (100, 1, 7, 63, 64, 65, 129)  # a long one first: what it leaves must not leak
-SHORTEST = 8  # what a prompt is padded to
-BOUNDS = make_bounds(ShapeFlags(max_seq_len=176, dynamic_seq_multiple=SHORTEST))
+BOUNDS = make_bounds(ShapeFlags(max_seq_len=176, dynamic_seq_multiple=8))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -162,34 +161,23 @@ def test_of_equal_logits_the_first_one_wins_as_in_eager(vocab):
         assert compiled(row).tolist() == [[int(row.argmax())]]
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A package of both graphs, and the host code that Inductor generated for each."""
-
-    package: Path
-    sources: dict[str, str]
-
-
-def compile_graphs(model, folder: Path) -> Compiled:
-    cache = CacheShape.of(model.config, SLOTS)
-    code_only = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
-    decode_options = kv_graphs.decode_options(model.device.type)
-    files = {
-        "prefill": compile_graph(kv_graphs.export_prefill(model, cache, BOUNDS, 64), code_only),
-        "decode": compile_graph(kv_graphs.export_decode(model, cache), code_only | decode_options),
-    }
-    package = folder / "graphs.pt2"
-    package_aoti(str(package), files)
-    return Compiled(package, {name: host_code(paths) for name, paths in files.items()})
+def compile_graphs(model, package: Path) -> dict[str, str]:
+    """Write a package of both graphs; return the host code that Inductor generated for each."""
+    compile_kv_package(model, BOUNDS, SLOTS, 64, package, embed_weights=False, max_autotune=False)
+    with zipfile.ZipFile(package) as archive:
+        return {
+            name.split("/")[-2]: archive.read(name).decode()
+            for name in archive.namelist()
+            if name.endswith("wrapper.cpp")
+        }
 
 
-def compile_graph(exported, options) -> list[str]:
-    module = exported.module(check_guards=False)
-    return aot_compile(module, *exported.example_inputs, options=options)
-
-
-def host_code(paths: list[str]) -> str:
-    return next(Path(path).read_text() for path in paths if path.endswith("wrapper.cpp"))
+@pytest.fixture
+def threads():
+    """Set the process's threads; they are as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +186,24 @@ def biased():
 
 
 @pytest.fixture(scope="module")
-def compiled(biased, tmp_path_factory):
-    return compile_graphs(biased, tmp_path_factory.mktemp("graphs"))
+def package(tmp_path_factory):
+    return tmp_path_factory.mktemp("graphs") / "graphs.pt2"
 
 
-def test_compiled_graphs_with_biases_give_eagers_tokens(biased, compiled):
+@pytest.fixture(scope="module")
+def sources(biased, package):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on a machine of one core
+    generated = compile_graphs(biased, package)
+    torch.set_num_threads(before)
+    return generated
+
+
+@pytest.mark.parametrize("count", (1, 2, 5))
+def test_compiled_graphs_with_biases_give_eagers_tokens(biased, package, sources, threads, count):
     weights = dict(biased.named_parameters())
-    graphs = [
-        open_model(compiled.package, name, biased.device, weights) for name in compiled.sources
-    ]
+    graphs = [open_model(package, name, biased.device, weights) for name in ("prefill", "decode")]
+    threads(count)  # more than at build: each piece of work is still done once
     assert_tokens_equal_eager(make_generator(biased, *graphs), biased)
 
 
@@ -226,17 +223,17 @@ def largest_allocation(source: str, symbol_value: int) -> int:
     return largest
 
 
-def assert_no_table_is_copied(sources: dict[str, str], model, multiple: int) -> None:
+def assert_no_table_is_copied(sources: dict[str, str], model) -> None:
     """A copy of a table needs a place: no tensor as large as the smallest table is allocated."""
     cache = CacheShape.of(model.config, SLOTS)
     width = cache.kv_heads * cache.head_dim
-    # activations of the shortest prompt, and of one token, are smaller than any table
-    assert largest_allocation(sources["prefill"], SHORTEST // multiple) < cache.slots * width
+    # of the shortest prompt, of 1 * 8 tokens, and of one token activations are smaller than that
+    assert largest_allocation(sources["prefill"], 1) < cache.slots * width
     assert largest_allocation(sources["decode"], cache.rows // 64) < cache.slots * width
 
 
-def test_no_table_is_copied_in_the_generated_code(biased, compiled):
-    assert_no_table_is_copied(compiled.sources, biased, SHORTEST)
+def test_no_table_is_copied_in_the_generated_code(biased, sources):
+    assert_no_table_is_copied(sources, biased)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +242,7 @@ def on_cuda(tmp_path_factory):
     shape = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
     models = {layers: make_model(layers, torch.bfloat16, "cuda", **shape) for layers in (3, 6)}
     return {
-        layers: (model, compile_graphs(model, tmp_path_factory.mktemp("cuda")).sources)
+        layers: (model, compile_graphs(model, tmp_path_factory.mktemp("cuda") / "graphs.pt2"))
         for layers, model in models.items()
     }
 
@@ -268,7 +265,7 @@ def test_decode_on_cuda_calls_no_library_and_copies_no_table(on_cuda):
     for model, sources in on_cuda.values():
         library = r"aoti_torch_(?:cuda_\w+|proxy_executor_call_function|copy_)\("
         assert not re.findall(library, sources["decode"])
-        assert_no_table_is_copied(sources, model, SHORTEST)
+        assert_no_table_is_copied(sources, model)
 
 
 @needs_cuda
