@@ -59,7 +59,8 @@ def chosen():
 SAVE = f"""{PROGRAM}{BUILD}
 bundle.watch()
 run()
-open(sys.argv[2], "wb").write(bundle.save_bundle().blob)
+blob = bundle.save_bundle().blob
+open(sys.argv[2], "wb").write(blob)
 print(json.dumps(chosen()))
 """
 LOAD = f"""{PROGRAM}
