@@ -59,7 +59,8 @@ def chosen():
 SAVE = f"""{PROGRAM}{BUILD}
 bundle.watch()
 run()
-open(sys.argv[2], "wb").write(bundle.save_bundle().blob)
+blob = bundle.save_bundle().blob
+open(sys.argv[2], "wb").write(blob)
 print(json.dumps(chosen()))
 """
 LOAD = f"""{PROGRAM}
@@ -88,7 +89,7 @@ entries = bundle._read(open(sys.argv[2], "rb").read())
 (entry,) = entries["inductor"]
 graph = pickle.loads(entry.content)
 print('"' + graph._triton_bundle.static_autotuners.pop(0).kernel_name + '"')
-graph._triton_bundle.kernel_artifacts.clear()
+graph._triton_bundle.kernel_artifacts.pop(0)
 entries["inductor"] = [type(entry)(entry.key, pickle.dumps(graph))]
 open(sys.argv[2], "wb").write(bundle._write(entries))
 """
@@ -139,8 +140,7 @@ def test_a_kernel_that_is_missing_from_the_artifact_is_compiled_and_named(tmp_pa
     answer(start(SAVE, tmp_path / "build", 1, blob))
     missing = answer(start(DROP_ONE, tmp_path / "drop", 1, blob))
     loaded = answer(start(LOAD, tmp_path / "run", 1, blob))
-    assert missing in loaded["names"]
-    assert loaded["counts"]["kernels_tuned"] > 0
+    assert set(loaded["names"]) == {missing}
 
 
 def test_a_kernel_that_a_load_would_compile_again_fails_the_build_by_name(tmp_path):
