@@ -9,9 +9,6 @@ BUILD = "mega_cache/build_llama_portable_cache.py"
 RUN = "mega_cache/run_llama_with_portable_cache.py"
 CHECK_LOGITS = "mega_cache/check_equivalence.py"
 NEW_TOKENS, REQUESTS = 8, 3
-# two caches: 64 + 16 slots and 512; the prompts below need the one and the other
-LENGTHS = ("--prefill-lengths=64", "--decode-length=16", "--max-cache-len=512")
-PROMPT_LENGTHS = (1, 300)
 
 
 @dataclass(frozen=True)
@@ -21,6 +18,9 @@ class Artifact:
     mode: str
     precompile: bool
     model: str = "random:tiny"
+    # two caches, of 64 + 16 slots and of 512; the prompts need the one and the other
+    longest: int = 512  # slots; 0: no second cache
+    prompt_lengths: tuple[int, ...] = (1, 300)
 
     @property
     def name(self) -> str:
@@ -37,9 +37,10 @@ def rehearse_artifact(rehearsal: Rehearsal, artifact: Artifact) -> None:
     mode = f"--compile-mode={artifact.mode}"
     # its own verification costs as much as the starts below: rehearsed with precompiled steps only
     verify = "--verify" if artifact.precompile else "--no-verify"
-    built = rehearsal.run(BUILD, *files, *LENGTHS, mode, precompile, verify)
+    lengths = ("--prefill-lengths=64", "--decode-length=16", f"--max-cache-len={artifact.longest}")
+    built = rehearsal.run(BUILD, *files, *lengths, mode, precompile, verify)
     rehearsal.check_build(subject, built)
-    for length in PROMPT_LENGTHS:
+    for length in artifact.prompt_lengths:
         started = rehearsal.run(
             RUN, *files, "--load-artifacts", "--require-hit", f"--prompt-length={length}",
             f"--max-new-tokens={NEW_TOKENS}", f"--num-requests={REQUESTS}", "--ignore-eos",
