@@ -58,7 +58,7 @@ def steps(rehearsal: Rehearsal) -> dict[str, Callable[[], None]]:
         long_3b = write_checkpoint(rehearsal.folder / "3b_6_layers", layers)
         short_3b = write_checkpoint(rehearsal.folder / "3b_2_layers", 2)
     artifacts = [
-        Artifact("max-autotune", True, short_3b),
+        Artifact("max-autotune", True, short_3b, longest=0, prompt_lengths=(1, 60)),
         Artifact("max-autotune", True),
         Artifact("max-autotune", False),
         Artifact("default", True),
