@@ -82,7 +82,8 @@ def compile_kv_package(
         ),
         "decode": Program(
             kv_graphs.export_decode(model, cache),
-            {"max_autotune": max_autotune} | kv_graphs.decode_options(model),
+            {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
+            | kv_graphs.decode_options(model),
         ),
     }
     place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY

@@ -291,8 +291,9 @@ def decode_options(causal_lm) -> dict[str, object]:
         return {"combo_kernels": True}
     weights_bytes = sum(weight.nbytes for weight in causal_lm.parameters())
     # A thread that waits for another one spins, and on a machine with other work waits long.
-    one_thread = {"cpp.dynamic_threads": False, "cpp.threads": 1}
-    return one_thread if weights_bytes < ONE_THREAD_BYTES else {}
+    if weights_bytes < ONE_THREAD_BYTES:
+        return {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    return {}
 
 
 def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:
