@@ -64,12 +64,14 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
     python = ["-I", sysconfig.get_path("include")]
     if device.type == "cpu":
         check_compiles(CXX, ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
+        check_openssl()
     else:
         home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         driver = ["-L", str(home / "lib64"), "-lcuda"]
         check_compiles(C, ("Python.h",), [*python, *driver])  # Triton's launcher
         if host_code:
             check_compiles(CXX, CUDA_HEADERS, ["-I", str(home / "include"), *driver])
+            check_openssl()
         use_cuda_home(home)
     show_tuning_as_progress(console)
 
@@ -91,6 +93,17 @@ def check_compiles(compiler: Compiler, headers: Sequence[str], flags: Sequence[s
         )
     if ended.returncode:
         raise EnvironmentProblemError(describe_failure(command, ended.stderr))
+
+
+def check_openssl() -> None:
+    """Raise where Inductor lacks the program by which it knows C++ headers again."""
+    from torch._inductor import config
+
+    if config.cpp_cache_precompile_headers and shutil.which("openssl") is None:
+        raise EnvironmentProblemError(
+            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
+            "it: install it (apt-get install openssl)"
+        )
 
 
 def describe_failure(command: str, stderr: str) -> str:

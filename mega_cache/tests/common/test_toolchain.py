@@ -5,7 +5,14 @@ import torch
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError
-from common.toolchain import CXX, C, assemble_cuda_home, check_compiles, prepare_toolchain
+from common.toolchain import (
+    CXX,
+    C,
+    assemble_cuda_home,
+    check_compiles,
+    check_openssl,
+    prepare_toolchain,
+)
 
 QUIET = Console(quiet=True)
 
@@ -40,6 +47,12 @@ def test_missing_cuda_header_is_cured_by_the_wheel_of_this_torchs_cuda(
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(EnvironmentProblemError, match=rf"{header} is missing.*-cu12==12\.8\.\*"):
         check_compiles(CXX, (header,), ["-I", str(tmp_path)])
+
+
+def test_missing_openssl_is_named_with_its_cure(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentProblemError, match="apt-get install openssl"):
+        check_openssl()
 
 
 def test_missing_library_is_named():
