@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ BUILD = (
     "--prefill-lengths=16",
     "--decode-length=8",
 )
+
+# whoever runs this in the background of a shell leaves SIGINT ignored, for our children too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is slow, and that is no failure
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -79,6 +83,7 @@ def subject(copied_folder):
         flags=("--model-id=random:tiny", "--device=cpu", "--load-artifacts", *short),
         # verifying is a test of its own, and takes another process
         build_flags=(*BUILD, "--no-verify"),
+        verify_flags=("--verify",),
         checked=(
             "environment.torch",
             "environment.triton",

@@ -47,6 +47,7 @@ class Subject:
     flags: tuple[str, ...]  # a run that must load the artifact
     build_flags: tuple[str, ...]
     checked: tuple[str, ...]  # fields of the metadata that must be this run's
+    verify_flags: tuple[str, ...] = ()  # what a build needs besides to be published
 
     def run_flags(self, pair: ArtifactPair) -> list[str]:
         return [*self.flags, f"{self.path_flag}={pair.path}"]

@@ -14,8 +14,8 @@ def test_another_user_starts_from_a_published_build(subject, tmp_path):
     store, built, home = (tmp_path / name for name in ("store", "built", "home"))
     result = tmp_path / "run.json"
     pair = ArtifactPair(built / subject.pair.path.name, built / subject.pair.metadata_path.name)
-    files = f"{subject.path_flag}={pair.path}"
-    succeeded(run_script(subject.build, *subject.build_flags, files, f"--publish={store}"))
+    place = (f"{subject.path_flag}={pair.path}", f"--publish={store}")
+    succeeded(run_script(subject.build, *subject.build_flags, *subject.verify_flags, *place))
     own = succeeded(run_script(subject.run, *subject.run_flags(pair), result=result)).result
     pin = hashlib.sha256(pair.metadata_path.read_bytes()).hexdigest()
     shutil.rmtree(built)

@@ -11,6 +11,7 @@ if ! has_packages "$PYTHON" pytest xdist hypothesis ruff pyrefly; then
       -r "$here/tests/requirements.txt" >&2 && touch "$tools_dir/.complete"
   fi
   export PYTHONPATH="$tools_dir${PYTHONPATH:+:$PYTHONPATH}"
+  export PATH="$tools_dir/bin:$PATH" # where pyrefly looks for its program last
 fi
 
 if [[ -f $repo_dir/.ruff.toml ]]; then # a folder copied alone has no settings to lint by
