@@ -1,11 +1,13 @@
 """A package with a KV cache: eager's tokens, no stale slots, and any checkpoint of its shape."""
 
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
-from helpers import FOLDER, run_script, succeeded
+from helpers import FOLDER, run_command, run_script, succeeded
 from pairing import OTHER, QUIET, Pairing, run_limited, timed
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +89,21 @@ def test_a_token_costs_what_the_length_in_use_does_and_less_than_eager(tiny):
     assert 1.3 * package[8] <= package[1900]
     assert 3 * package[8] <= eager[8]
     assert 2 * package[1900] <= eager[1900]
+
+
+def test_the_program_of_the_readme_generates_from_a_package(kv_package, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (FOLDER / "README.md").read_text(), re.M | re.S)
+    (program,) = [block for block in blocks if "find_plan(" in block]
+    program = program.replace('"torch_export"', repr(str(FOLDER)))
+    flags = f'"random:tiny", "--device=cpu", "--package-path={kv_package}"'
+    program = program.replace('"random:tiny"', flags)
+    program += "\nimport json\nprint(json.dumps(tokens), file=sys.stderr)\n"
+    inside = f'cd {tmp_path} && exec "$0" -c "$1"'
+    done = succeeded(run_command(["bash", "-c", inside, sys.executable, program]))
+    words = [f"--package-path={kv_package}", "--device=cpu", "--prompt=Hello"]
+    result = tmp_path / "run.json"
+    run = succeeded(run_script(RUN, *words, "--max-new-tokens=64", result=result)).result
+    assert json.loads(done.stderr.splitlines()[-1]) == run["output"]["token_ids"]
 
 
 def test_the_package_holds_code_only_and_any_fine_tune_runs_on_it(kv_package, tiny, tmp_path):
