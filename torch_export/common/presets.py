@@ -4,6 +4,7 @@ A preset is written once as an ordinary checkpoint folder (config, safetensors, 
 there on takes the very path that a downloaded model takes. Its text is noise; its timing is real.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -125,8 +126,9 @@ def make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    own = copy.deepcopy(config)  # transformers 5 writes into the rope settings that it is given
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
+        model = LlamaForCausalLM(LlamaConfig(**own))
     dtype = getattr(torch, config["dtype"])
 
     def draw(named: "tuple[str, torch.Tensor]") -> "tuple[str, torch.Tensor]":

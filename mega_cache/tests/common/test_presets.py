@@ -54,6 +54,12 @@ def test_big_presets_have_the_published_parameter_count(preset, billions):
     assert round(model.num_parameters() / 1e9, 3) == billions
 
 
+def test_making_a_preset_leaves_its_folders_name(tmp_path):
+    before = presets.folder_name("random:tiny")
+    presets.materialize(presets.CONFIGS["random:tiny"], tmp_path / "again", QUIET)
+    assert presets.folder_name("random:tiny") == before
+
+
 def test_weights_depend_on_the_seed_and_the_name_alone(tiny, tmp_path):
     config = presets.CONFIGS["random:tiny"]
     again = presets.materialize(config, tmp_path / "again", QUIET)
