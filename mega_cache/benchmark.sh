@@ -2,4 +2,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common/env.sh"
-exec "$PYTHON" "$here/benchmark_llama_modes.py" --max-cache-len 2048 --bucket-pad --num-requests 50 --repeats 2 "$@"
+exec "$PYTHON" "$here/benchmark_llama_modes.py" "$@"

@@ -8,59 +8,27 @@ compiles. Build the artifact first with ./build.sh.
 
 from collections.abc import Sequence
 
-from run_llama_with_portable_cache import RunSettings, trial_command
-
-from common.cli import parse_flags
-from common.console import Console
+from common.cli import config_of, parse_flags
+from common.compare import benchmark, trial_words
 from common.errors import run_script
-from common.flags import BenchmarkFlags, OutcomeFlags, PlotFlags, SweepFlags
-from common.floor import floor_command
-from common.ratios import FLOOR
-from portable_cache.flags import APPROACH, CHECKPOINTS
+from common.flags import BenchmarkFlags, ComparisonFlags
+from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 MODES = {
-    "compile_preload": {"load_artifacts": True, "eager": False},
-    "compile_no_preload": {
-        "load_artifacts": False,
-        "eager": False,
-        "precompile": None,
-        "require_hit": False,
-    },
-    "eager": {"load_artifacts": None, "eager": True, "precompile": None, "require_hit": False},
+    "compile_preload": MODE_WORDS["load"],
+    "compile_no_preload": MODE_WORDS["skip"],
+    "eager": MODE_WORDS["eager"],
 }
 
 
 def main(argv: Sequence[str]) -> None:
-    groups = (RunSettings, BenchmarkFlags, SweepFlags, PlotFlags, OutcomeFlags)
-    settings, benchmark, sweep, picture, outcome = parse_flags(__doc__, groups, argv)
-    console = Console(settings.shared.quiet)
-    from common.comparison import check_outcome, run_benchmark, show_trials
-    from common.plots import check_plot, draw
-    from common.results import config_of, write_json
-    from common.sweep import sweep_commands
-    from common.tables import benchmark_table
-
-    check_plot(picture.plot)
-    document = run_benchmark(
-        APPROACH,
-        {mode: command(settings, mode) for mode in benchmark.modes},
-        benchmark.repeats,
-        config_of(settings, benchmark, sweep),
-        console,
-        sweep_commands(command, settings, benchmark.modes, sweep.sweep_prompt_lengths),
-    )
-    write_json(document, settings.shared.json)
-    draw(document, picture.plot)
-    show_trials(document, settings.prompt.show_completions, console)
-    console.result(benchmark_table(document))
-    check_outcome(document, outcome.tokens_may_differ)
-
-
-def command(settings: RunSettings, mode: str) -> list[str]:
-    """Return the command of one trial in this mode."""
-    if mode == FLOOR:
-        return floor_command(settings.shared, CHECKPOINTS, Console(settings.shared.quiet))
-    return trial_command(settings, **MODES[mode])
+    groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
+    settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=50, **UNTOLD)
+    # before the user's words, which win
+    words = [f"--num-requests={settings.prompt.num_requests}"]
+    words += trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
+    config = config_of(settings, flags)
+    benchmark(APPROACH, RUN_SCRIPT, words, MODES, settings.shared, flags, results, config)
 
 
 if __name__ == "__main__":

@@ -2,4 +2,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common/env.sh"
-exec "$PYTHON" "$here/build_llama_portable_cache.py" --max-cache-len 2048 "$@"
+exec "$PYTHON" "$here/build_llama_portable_cache.py" "$@"

@@ -7,203 +7,57 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 """
 
 import shlex
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
-from common.cli import parse_flags, to_argv
-from common.console import Console
+from common.artifacts import building, check_target
+from common.cli import Console, parse_flags
+from common.driver import open_driver
 from common.errors import run_script
-from common.flags import SharedFlags
-from common.trust import SignFlags, check_sign_key
-from portable_cache.flags import APPROACH, CHECKPOINTS, BuildFlags, CacheFileFlags, CompileFlags
+from common.report import markdown_table, write_json
+from common.store import publish
+from common.trials import private_compiler_caches
+from portable_cache.flags import APPROACH, BuildSettings, CacheFileFlags
 
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
-    from common.prompts import TextCodec
-    from portable_cache.compile_evidence import Watch
-
-# the blob of a 3B's decode graph is some megabytes a length; checked before the long compile
+# the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every flag of this script, by group."""
-
-    shared: SharedFlags
-    lengths: BuildFlags
-    compilation: CompileFlags
-    files: CacheFileFlags
-    signing: SignFlags
-
-    def __post_init__(self):
-        if self.lengths.precompile and not self.compilation.max_cache_len:
-            raise ValueError("--precompile compiles one decode step: give --max-cache-len N too")
-
-
 def main(argv: Sequence[str]) -> None:
-    (settings,) = parse_flags(__doc__, (Settings,), argv)
-    console = Console(settings.shared.quiet)
-    # imported late: --help answers without torch, and bad flags without its seconds
-    from common.artifacts import building, check_target
-    from common.results import write_json
-    from common.trials import private_compiler_caches
-
-    check_sign_key(settings.signing.sign_key)
+    (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
+    console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
+    open_driver(settings.shared.device)
     with private_compiler_caches():
         check_target(pair, NEEDED_BYTES)
         with building(pair, console):
+            # imported late: --help answers without torch, and bad flags without its seconds
+            from portable_cache.building import build
+
             document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
+    publish(pair, settings.store.publish, APPROACH, console)
 
 
-def build(settings: Settings, console: Console) -> dict:
-    """Warm up, write the artifact and its metadata, and return the build's result."""
-    from common.stopwatch import Stages, process_start
-
-    stages = Stages(process_start())
-    import transformers  # noqa: F401
-
-    from common.artifacts import write_pair
-    from common.compile_evidence import watch_compilation
-    from common.manifest import SCHEMA, Manifest
-    from common.models import load_model
-    from common.prompts import load_codec
-    from common.results import environment
-    from common.targets import choose_target
-    from portable_cache import bundle
-    from portable_cache.recipe import recipe
-
-    stages.close("interpreter and imports")
-    bundle.check_caches_are_on()
-    target = choose_target(settings.shared, CHECKPOINTS, console)
-    bundle.record_kernels()
-    watch = watch_compilation()
-    with stages.stage("load model"):
-        model = load_model(target.checkpoint, target.device, target.dtype)
-    with stages.stage("warm up"):
-        codec = load_codec(target.checkpoint.folder)
-        warmed, cache = warm_up(model, codec, settings, watch, console)
-    with stages.stage("precompile"):
-        contract = precompile_decode(model, cache, settings, console)
-    with stages.stage("save"):
-        saved = bundle.save_bundle()
-        manifest = Manifest(
-            schema=SCHEMA,
-            approach=APPROACH,
-            model=target.describe_model(),
-            environment=environment(),
-            recipe=recipe(settings.compilation, settings.lengths.prefill_lengths, target.device),
-            file={},
-            build_seconds=stages.elapsed(),
-            details={
-                "warmed": warmed,
-                "entries": saved.entries,
-                "kernel_files": saved.kernel_files,
-                "decode_step": contract,
-                "graphs": [asdict(graph) for graph in watch.graphs],
-            },
-            signature=None,
-        )
-        written = write_pair(
-            settings.files.pair(),
-            lambda path: path.write_bytes(saved.blob),
-            lambda record: replace(manifest, file=record),
-            settings.signing.sign_key,
-        )
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
-
-
-def warm_up(
-    model: "PreTrainedModel",
-    codec: "TextCodec",
-    settings: Settings,
-    watch: "Watch",
-    console: Console,
-) -> tuple[list[dict], "Cache"]:
-    """Generate once per prefill length; return what each took and compiled, and the last cache."""
-    from common.compile_evidence import read_evidence
-    from portable_cache import generation
-
-    flags = settings.compilation
-    generation.configure_generation(model, flags, flags.decode_length, (), padding_id=0)
-    cache, warmed = None, []
-    for length in settings.lengths.prefill_lengths:
-        if cache is None or not flags.max_cache_len:
-            generation.forget_compiled_state(model)
-            slots = generation.slots_for(flags, length, flags.decode_length)
-            cache = generation.make_cache(model, flags, slots)
-        before = read_evidence(watch)
-        prompt = generation.Prompt(codec.synthetic_prompt(length, settings.shared.seed), 0, 0)
-        began = time.monotonic()
-        generation.serve(model, prompt, cache, settings.shared.seed)
-        after = read_evidence(watch)
-        warmed.append(
-            {
-                "prefill_length": length,
-                "slots": slots,
-                "seconds": time.monotonic() - began,
-                "graphs": after.unique_graphs - before.unique_graphs,
-                "kernels_compiled": after.kernels_compiled - before.kernels_compiled,
-            }
-        )
-        console.say(describe_warmed(warmed[-1]))
-    return warmed, cache
-
-
-def precompile_decode(
-    model: "PreTrainedModel", cache: "Cache", settings: Settings, console: Console
-) -> dict | None:
-    """Compile the decode step ahead of time into the bundle; return its contract, if it worked."""
-    if not settings.lengths.precompile:
-        return None
-    from portable_cache import bundle, generation, precompile
-
-    generation.forget_compiled_state(model)
-    try:
-        call = precompile.capture_decode_call(model, cache)
-        step = precompile.export(model, cache, call, settings.compilation.compile_mode)
-    except precompile.FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        console.warn(f"this stack cannot compile the decode step ahead of time: {reason[0]}")
-        return None
-    bundle.record_decode_step(step.content)
-    return step.contract
-
-
-def describe_warmed(entry: dict) -> str:
-    return (
-        f"  prompt of {entry['prefill_length']} tokens, cache of {entry['slots']} slots: "
-        f"{entry['graphs']} graph(s), {entry['kernels_compiled']} kernel(s) compiled "
-        f"in {entry['seconds']:.1f} s"
-    )
-
-
-def report(document: dict, settings: Settings, console: Console) -> None:
+def report(document: dict, settings: BuildSettings, console: Console) -> None:
     """Print what was saved, and the command that starts from it."""
-    from common.tables import markdown_table
-
-    entries = ", ".join(f"{count} {kind}" for kind, count in document["details"]["entries"].items())
+    details = document["details"]
+    entries = ", ".join(f"{count} {kind}" for kind, count in details["entries"].items())
     rows = [
         ["artifact", str(settings.files.cache_path)],
         ["size", f"{document['file']['bytes'] / 1e6:.2f} MB"],
         ["entries", entries],
+        ["KV caches", ", ".join(str(entry["slots"]) for entry in details["warmed"]) + " slots"],
+        ["verified", "hits in fresh processes" if details["verified"] else "no"],
         ["build", f"{document['build_seconds']:.1f} s"],
     ]
     console.result(markdown_table(["saved", ""], rows))
-    model = ["--model-id", settings.shared.model_id]
-    changed = [
-        argument
-        for argument in to_argv(settings.compilation, settings.files)
-        if argument not in to_argv(CompileFlags(max_cache_len=2048), CacheFileFlags())
-    ]
-    console.say("start from it with:\n  ./run.sh " + shlex.join([*model, *changed]))
+    words = ["--model-id", settings.shared.model_id]
+    if settings.files.cache_path != CacheFileFlags().cache_path:
+        words += ["--cache-path", str(settings.files.cache_path)]
+    if settings.files.metadata_path:
+        words += ["--metadata-path", str(settings.files.metadata_path)]
+    console.say("start from it with:\n  ./run.sh " + shlex.join(words))
 
 
 if __name__ == "__main__":

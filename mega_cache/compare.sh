@@ -2,4 +2,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common/env.sh"
-exec "$PYTHON" "$here/run_llama_with_portable_cache.py" --max-cache-len 2048 --bucket-pad --compare-load-vs-skip --compare-runs 2 "$@"
+exec "$PYTHON" "$here/run_llama_with_portable_cache.py" --compare-load-vs-skip "$@"

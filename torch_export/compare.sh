@@ -2,4 +2,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common/env.sh"
-exec "$PYTHON" "$here/run_llama_aotinductor.py" --compare-load-vs-skip --compare-runs 2 "$@"
+exec "$PYTHON" "$here/run_llama_aotinductor.py" --compare-load-vs-skip "$@"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from common import presets
-from common.console import Console
+from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
@@ -23,7 +23,8 @@ _ARCHITECTURE = (
     "hidden_act",
     "max_position_embeddings",
 )
-_FILES = ("*.json", "*.safetensors", "*.jinja")
+_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_PRESETS_FOLDER = Path(__file__).resolve().parents[1] / "artifacts" / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Checkpoint:
         }
 
 
-def resolve_checkpoint(model_id: str, presets_folder: Path, console: Console) -> Checkpoint:
+def resolve_checkpoint(model_id: str, console: Console) -> Checkpoint:
     """Return the checkpoint for `--model-id`, downloading or materialising it when needed."""
     if presets.is_preset(model_id):
-        return _preset(model_id, presets_folder, console)
+        return _preset(model_id, console)
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -87,12 +88,12 @@ def resolve_checkpoint(model_id: str, presets_folder: Path, console: Console) ->
     return _download(model_id, console)
 
 
-def _preset(name: str, presets_folder: Path, console: Console) -> Checkpoint:
+def _preset(name: str, console: Console) -> Checkpoint:
     if name not in presets.CONFIGS:
         known = ", ".join(presets.CONFIGS)
         raise UsageError(f"no preset is called {name!r}: choose from {known}")
     # one set of big checkpoints can serve both folders
-    parent = Path(os.environ.get("LLAMA_PRESETS", presets_folder))
+    parent = Path(os.environ.get("LLAMA_PRESETS", _PRESETS_FOLDER))
     folder = parent / presets.folder_name(name)
     presets.materialize(presets.CONFIGS[name], folder, console)
     console.say(f"{name} has random weights: its text is noise, its timing is real")

@@ -1,35 +1,68 @@
-"""Flags declared once: frozen dataclasses become argparse groups, and turn back into argv.
+"""Flags declared once, as frozen dataclasses that become argparse groups; and what a script says.
 
-A script names the groups it takes, or one dataclass made of groups; `compare` and `benchmark` hand
-a trial its flags by turning the same parsed groups back into a command line, so no default is
-written twice.
+A field made by `flag` is one flag: name and type come from the field. A script names the groups it
+takes, or one dataclass made of groups.
 """
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+_FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
 
-def flag(default: Any, help: str, *, parse: Callable[[str], Any] | None = None, choices=None):
-    """Declare one flag as a dataclass field; its name and its type come from the field."""
-    metadata = {"help": help, "parse": parse, "choices": choices}
+
+class Console:
+    """Results on stdout, all else on stderr; `quiet` keeps warnings and results only."""
+
+    def __init__(self, quiet: bool, verbose: bool = False):
+        self.quiet = quiet
+        self.verbose = verbose
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def result(self, text: str) -> None:
+        print(text, flush=True)
+
+    def bar(self, items: Collection[Any], label: str, unit: str):
+        """Return `items` behind a tqdm progress bar on stderr; a single item needs none.
+
+        Used in a `with`, it leaves its line when the work is interrupted.
+        """
+        # imported here: a lean start that shows no bar does not pay for tqdm
+        from tqdm import tqdm
+
+        return tqdm(
+            items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet or len(items) < 2
+        )
+
+
+def flag(
+    default: Any, help: str, *, parse: Callable[[str], Any] | None = None, choices=None,
+    often: bool = False,
+):  # fmt: skip
+    """Declare one flag as a dataclass field; `often` puts it first in `--help`."""
+    metadata = {"help": help, "parse": parse, "choices": choices, "often": often}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_flags(description: str, groups: Sequence[type], argv: Sequence[str] | None) -> tuple:
-    """Return one instance per group; bad flags end the process with exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for group in groups:
-        for plain in _plain_groups(group):
-            _add_group(parser, plain)
+def parse_flags(
+    description: str, groups: Sequence[type], argv: Sequence[str] | None, **defaults: Any
+) -> tuple:
+    """Return one instance per group; bad flags end the process with exit status 2.
+
+    `defaults` are those that this script has of its own.
+    """
+    parser = _make_parser(description, groups, defaults)
     namespace = vars(parser.parse_args(argv))
     try:
         return tuple(_instance(group, namespace) for group in groups)
@@ -37,28 +70,15 @@ def parse_flags(description: str, groups: Sequence[type], argv: Sequence[str] | 
         parser.error(str(error))
 
 
-def to_argv(*groups: Any) -> list[str]:
-    """Return the command line that parses back into these groups."""
-    argv = []
-    for name, value in flag_values(*groups):
-        word = name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{word}" if value else f"--no-{word}")
-        elif value not in (None, ()):
-            # one word, so that a value that starts with a dash stays a value
-            argv.append(f"--{word}={_as_text(value)}")
-    return argv
+def words_besides(groups: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line that are not flags of `groups`, as the user wrote them."""
+    _, words = _make_parser("", groups, {}).parse_known_args(argv)
+    return words
 
 
-def flag_values(*groups: Any) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of every flag in these groups."""
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if dataclasses.is_dataclass(value):
-                yield from flag_values(value)
-            else:
-                yield field.name, value
+def config_of(*groups: Any) -> dict[str, Any]:
+    """Return the flags of all groups by name, as JSON values."""
+    return {name: _as_json(value) for name, value in _flag_values(*groups)}
 
 
 def positive_int(text: str) -> int:
@@ -71,6 +91,13 @@ def non_negative_int(text: str) -> int:
 
 def non_negative_float(text: str) -> float:
     return _bounded(float, text, minimum=0.0)
+
+
+def probability(text: str) -> float:
+    value = _bounded(float, text, minimum=0.0)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
 
 
 def positive_ints(text: str) -> tuple[int, ...]:
@@ -110,24 +137,41 @@ def _bounded(kind: type, text: str, minimum: float):
     return value
 
 
-def _add_group(parser: argparse.ArgumentParser, group: type) -> None:
-    title = (group.__doc__ or group.__name__).strip().splitlines()[0]
-    arguments = parser.add_argument_group(title)
-    hints = typing.get_type_hints(group)
-    for field in dataclasses.fields(group):
-        name = f"--{field.name.replace('_', '-')}"
-        kind = _without_none(hints[field.name])
-        text = f"{field.metadata['help']} (default: {_default_text(field.default)})"
-        common = {"dest": field.name, "default": field.default, "help": text.replace("%", "%%")}
-        if kind is bool:
-            arguments.add_argument(name, action=argparse.BooleanOptionalAction, **common)
-        else:
-            arguments.add_argument(
-                name,
-                type=field.metadata["parse"] or kind,
-                choices=field.metadata["choices"],
-                **common,
-            )
+def _make_parser(
+    description: str, groups: Sequence[type], defaults: dict[str, Any]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    often = parser.add_argument_group("used most")
+    for group in groups:
+        for plain in _plain_groups(group):
+            title = (plain.__doc__ or plain.__name__).strip().splitlines()[0]
+            rest = parser.add_argument_group(title)
+            hints = typing.get_type_hints(plain)
+            for field in dataclasses.fields(plain):
+                place = often if field.metadata["often"] else rest
+                default = defaults.get(field.name, field.default)
+                _add_flag(place, field, _without_none(hints[field.name]), default)
+    return parser
+
+
+def _add_flag(place, field: dataclasses.Field, kind: Any, default: Any) -> None:
+    name = f"--{field.name.replace('_', '-')}"
+    text = f"{field.metadata['help']} (default: {_default_text(default)})"
+    common = {"dest": field.name, "default": default, "help": text.replace("%", "%%")}
+    if kind is bool:
+        place.add_argument(name, action=argparse.BooleanOptionalAction, **common)
+        return
+    parse, choices = field.metadata["parse"] or kind, field.metadata["choices"]
+    metavar = None if choices else _METAVARS.get(kind, "TEXT")
+    place.add_argument(name, type=parse, choices=choices, metavar=metavar, **common)
+
+
+_METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 def _plain_groups(group: type) -> Iterator[type]:
@@ -149,6 +193,16 @@ def _instance(group: type, namespace: dict[str, Any]) -> Any:
     )
 
 
+def _flag_values(*groups: Any) -> Iterator[tuple[str, Any]]:
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from _flag_values(value)
+            else:
+                yield field.name, value
+
+
 def _without_none(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
@@ -158,18 +212,14 @@ def _without_none(hint: Any) -> Any:
 def _default_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value is None else _as_text(value) or "none"
-
-
-def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(str(part) for part in value)
-    return str(value)
+        return ",".join(str(part) for part in value) or "none"
+    if isinstance(value, Path) and value.is_relative_to(_FOLDER):
+        return str(value.relative_to(_FOLDER))
+    return "none" if value is None else str(value)
 
 
-def existing_file(text: str) -> Path:
-    """Parse a path to a file that must be there."""
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"no file at {text}")
-    return path
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

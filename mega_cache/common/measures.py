@@ -1,16 +1,34 @@
-"""What is measured: names in tables, names in JSON, and how each follows from the raw timings."""
+"""What is measured: names in tables and in JSON, units, and how each follows from timings."""
 
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: seconds from its first work to its last token, and to its first."""
+
+    seconds: float
+    ttft_seconds: float | None
+    new_tokens: int
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure: `label` in tables, `key` in JSON, unit by the key's ending."""
+    """One measure: `label` in tables, `key` in JSON, unit by the key's ending.
+
+    `brief`: benchmark shows it without --verbose.
+    """
 
     label: str
     key: str
+    brief: bool = True
+
+    @property
+    def unit(self) -> str:
+        if self.key.endswith("_seconds"):
+            return "s"
+        return "tokens/s" if self.key.endswith(("_second", "_all")) else ""
 
 
 MEASURES = (
@@ -22,13 +40,22 @@ MEASURES = (
     Measure("tokens/s_all", "tokens_per_second_all"),
     Measure("tail_tokens/s", "tail_tokens_per_second"),
     Measure("end_to_end_tokens/s", "end_to_end_tokens_per_second"),
-    Measure("total_script", "total_script_seconds"),
-    Measure("setup", "setup_seconds"),
-    Measure("generation", "generation_seconds"),
-    Measure("gen_tps", "generation_tokens_per_second"),
+    Measure("total_script", "total_script_seconds", brief=False),
+    Measure("setup", "setup_seconds", brief=False),
+    Measure("generation", "generation_seconds", brief=False),
+    Measure("gen_tps", "generation_tokens_per_second", brief=False),
 )
 
-# compile evidence that compare and benchmark show beside the seconds
+# what compare puts side by side: name in its summary -> the measure
+COMPARED = {
+    "setup": "setup_seconds",
+    "generation": "generation_seconds",
+    "total": "total_script_seconds",
+    "gen_tps": "generation_tokens_per_second",
+}
+
+# compile evidence beside the seconds; the first two and the last are shown without --verbose
+BRIEF_COUNTERS = ("unique_graphs", "async_compile_miss", "kernels_compiled")
 COUNTERS = (
     "unique_graphs",
     "calls_captured",
@@ -42,19 +69,10 @@ COUNTERS = (
     "cudagraph_skips",
     "cudagraph_replays",
     "kernels_compiled",
+    "kernels_tuned",
+    "helpers_built",
+    "compile_workers",
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request: seconds from its first work to its last token, and to its first."""
-
-    seconds: float
-    ttft_seconds: float | None
-    new_tokens: int
-
-    def as_json(self) -> dict:
-        return asdict(self)
 
 
 def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds: float) -> dict:
@@ -86,15 +104,21 @@ def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds
 
 def with_wall_time(metrics: dict, wall_seconds: float) -> dict:
     """Return a run's metrics with the process's whole wall time, which only a parent can see."""
-    tokens_per_second, seconds = (
-        metrics["end_to_end_tokens_per_second"],
-        metrics["total_script_seconds"],
-    )
-    rate = None if tokens_per_second is None else tokens_per_second * seconds / wall_seconds
+    rate, seconds = metrics["end_to_end_tokens_per_second"], metrics["total_script_seconds"]
     return metrics | {
         "total_script_seconds": wall_seconds,
-        "end_to_end_tokens_per_second": rate,
+        "end_to_end_tokens_per_second": rate and rate * seconds / wall_seconds,
     }
+
+
+def decode_seconds_per_token(requests: Sequence[Request]) -> float | None:
+    """Return seconds per token of the decode, prefill excluded, of the steady state if there is."""
+    rates = [
+        (request.seconds - request.ttft_seconds) / (request.new_tokens - 1)
+        for request in (requests[1:] or requests)
+        if request.ttft_seconds is not None and request.new_tokens > 1
+    ]
+    return _mean(rates)
 
 
 def summarize(values: Iterable[float | None]) -> dict | None:
@@ -103,23 +127,23 @@ def summarize(values: Iterable[float | None]) -> dict | None:
     if not known:
         return None
     return {
-        "mean": statistics.fmean(known),
+        "mean": sum(known) / len(known),
         "min": min(known),
         "max": max(known),
         "n": len(known),
     }
 
 
-def benefit(load: dict | None, skip: dict | None) -> float | None:
-    """Return how many times less `load` takes than `skip`."""
-    if load is None or skip is None or not load["mean"]:
+def ratio(above: dict | None, below: dict | None) -> float | None:
+    """Return how many times larger one mean is than another; unknown is None."""
+    if above is None or below is None or not below["mean"]:
         return None
-    return skip["mean"] / load["mean"]
+    return above["mean"] / below["mean"]
 
 
 def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
-    return statistics.fmean(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -4,39 +4,39 @@ A preset is written once as an ordinary checkpoint folder (config, safetensors, 
 there on takes the very path that a downloaded model takes. Its text is noise; its timing is real.
 """
 
+import copy
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.console import Console
+from common.cli import Console
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 PREFIX = "random:"
-SHARD_BYTES = 5 * 10**9  # as the Hub cuts its checkpoints
 # raised when the way weights are drawn changes, so that no old folder is taken for a new one
-RECIPE = 1
+RECIPE = 2
 
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
+_SPECIAL = (_BOS, "<|start_header_id|>", "<|end_header_id|>", _EOS)
+_FIRST_SPECIAL_ID = 256  # after one token for each byte
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 
 def _shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, factor=32.0, **other):
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
@@ -44,77 +44,53 @@ def _shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, facto
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": vocab,
-        "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
         "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
-        "rope_scaling": _LLAMA3_ROPE | {"factor": factor},
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        # At the usual 0.02 a random tied model repeats its last token whatever the context, so that
+        # a broken attention passes every test. With std * sqrt(hidden) at 2.4 it reacts to every
+        # token.
+        "initializer_range": 2.4 / hidden**0.5,
+        "bos_token_id": _FIRST_SPECIAL_ID,
+        "eos_token_id": _FIRST_SPECIAL_ID + _SPECIAL.index(_EOS),
     } | other
 
 
 CONFIGS = {
-    "random:tiny": _shape(256, 704, 4, 8, 2, 32, 512, torch_dtype="float32"),
+    "random:tiny": _shape(256, 704, 4, 8, 2, 32, 512, dtype="float32"),
     "random:1b": _shape(2048, 8192, 16, 32, 8, 64, 128256),
     "random:3b": _shape(3072, 8192, 28, 24, 8, 128, 128256),
     "random:8b": _shape(4096, 14336, 32, 32, 8, 128, 128256, 8.0, tie_word_embeddings=False),
 }
-
-_BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
-_SPECIAL = (_BOS, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", _EOS)
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 
 
 def is_preset(model_id: str) -> bool:
     return model_id.startswith(PREFIX)
 
 
-def weight_std(config: dict) -> float:
-    """Return the standard deviation of a preset's linear weights.
+def folder_name(preset: str) -> str:
+    """Return a name that changes with everything that shapes the checkpoint's files."""
+    # imported here: --help does without its 50 ms
+    from importlib.metadata import version
 
-    At the usual 0.02 a random tied model repeats its last token whatever the context, so that a
-    broken attention passes every test. With std * sqrt(hidden) near 2.4 it reacts to every token.
-    """
-    return 2.4 / math.sqrt(config["hidden_size"])
-
-
-def weight_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of every weight, in the checkpoint's own names."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key = config["num_key_value_heads"] * config["head_dim"]
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (hidden,)
-        yield prefix + "self_attn.q_proj.weight", (query, hidden)
-        yield prefix + "self_attn.k_proj.weight", (key, hidden)
-        yield prefix + "self_attn.v_proj.weight", (key, hidden)
-        yield prefix + "self_attn.o_proj.weight", (hidden, query)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
-        yield prefix + "mlp.gate_proj.weight", (intermediate, hidden)
-        yield prefix + "mlp.up_proj.weight", (intermediate, hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, intermediate)
-    yield "model.norm.weight", (hidden,)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", (config["vocab_size"], hidden)
+    # transformers 5 writes the rope settings under a name that 4 does not read
+    writer = version("transformers").partition(".")[0]
+    text = json.dumps([RECIPE, writer, CONFIGS[preset]], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{preset.replace(':', '-')}-{digest}"
 
 
-def parameter_count(config: dict) -> int:
-    return sum(math.prod(shape) for _, shape in weight_shapes(config))
-
-
-def materialize(config: dict, folder: Path, console: Console, seed: int = 0) -> Path:
-    """Write the checkpoint `folder` for `config` unless it is there; return it.
+def materialize(config: dict[str, Any], folder: Path, console: Console, seed: int = 0) -> Path:
+    """Write the checkpoint `folder` for this configuration unless it is there; return it.
 
     Made beside its final place and renamed, so that a folder of this name is always whole.
     """
@@ -126,13 +102,13 @@ def materialize(config: dict, folder: Path, console: Console, seed: int = 0) -> 
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
-        billions = parameter_count(config) / 1e9
-        console.say(f"writing random weights ({billions:.3f} B parameters) to {folder}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write_config(config, temporary)
-            _write_tokenizer(temporary)
-            _write_weights(config, temporary, seed)
+            model = make_model(config, seed)
+            billions = model.num_parameters() / 1e9
+            console.say(f"writing random weights ({billions:.3f} B parameters) to {folder}")
+            model.save_pretrained(temporary)
+            write_tokenizer(temporary)
             os.chmod(temporary, 0o755)
             os.rename(temporary, folder)
         except BaseException:
@@ -141,20 +117,37 @@ def materialize(config: dict, folder: Path, console: Console, seed: int = 0) -> 
     return folder
 
 
-def folder_name(preset: str) -> str:
-    """Return a name that changes with everything that shapes the preset's weights."""
-    text = json.dumps([RECIPE, CONFIGS[preset]], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{preset.replace(':', '-')}-{digest}"
+def make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
+    """Return the model on the CPU with its random weights: the same ones on every machine.
+
+    Each weight is drawn on the CPU from the seed and its own name, so neither a GPU nor the number
+    of threads changes it.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = copy.deepcopy(config)  # transformers 5 writes into the rope settings that it is given
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**own))
+    dtype = getattr(torch, config["dtype"])
+
+    def draw(named: "tuple[str, torch.Tensor]") -> "tuple[str, torch.Tensor]":
+        name, empty = named
+        if "norm" in name:
+            return name, torch.ones(empty.shape, dtype=dtype)
+        own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(own_seed, "big"))
+        weight = torch.randn(empty.shape, generator=generator)
+        return name, weight.mul_(config["initializer_range"]).to(dtype)
+
+    with ThreadPoolExecutor() as pool:  # random numbers are drawn outside the GIL
+        weights = dict(pool.map(draw, model.named_parameters()))
+    model.load_state_dict(weights, strict=False, assign=True)  # a tied weight comes once
+    model.tie_weights()
+    return model
 
 
-def _write_config(config: dict, folder: Path) -> None:
-    ids = {"bos_token_id": 256, "eos_token_id": 256 + _SPECIAL.index(_EOS)}
-    (folder / "config.json").write_text(json.dumps(config | ids, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps(ids | {"do_sample": False}))
-
-
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write a byte-level tokenizer: one token a byte, then the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -173,49 +166,3 @@ def _write_tokenizer(folder: Path) -> None:
         "model_max_length": 131072,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-
-
-def _write_weights(config: dict, folder: Path, seed: int) -> None:
-    """Draw and save shard after shard, so that a big preset never lies whole in memory."""
-    from safetensors.torch import save_file
-
-    shards = list(_shards(config))
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        one = len(shards) == 1
-        file_name = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}"
-        file_name = file_name.removesuffix(".safetensors") + ".safetensors"
-        tensors = {name: _draw(config, name, shape, seed) for name, shape in names}
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file_name)
-    if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _shards(config: dict) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    item_bytes = 4 if config["torch_dtype"] == "float32" else 2
-    shard, shard_bytes = [], 0
-    for name, shape in weight_shapes(config):
-        shard.append((name, shape))
-        shard_bytes += math.prod(shape) * item_bytes
-        if shard_bytes >= SHARD_BYTES:
-            yield shard
-            shard, shard_bytes = [], 0
-    if shard:
-        yield shard
-
-
-def _draw(config: dict, name: str, shape: tuple[int, ...], seed: int) -> "torch.Tensor":
-    """Return one weight on the CPU; its values depend on the seed and its own name alone."""
-    import torch
-
-    dtype = getattr(torch, config["torch_dtype"])
-    if "norm" in name:
-        return torch.ones(shape, dtype=dtype)
-    # billions of normal numbers take minutes on a CPU and a second on a GPU
-    device = "cuda" if torch.cuda.is_available() and math.prod(shape) > 10**6 else "cpu"
-    own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-    generator = torch.Generator(device).manual_seed(own_seed)
-    weight = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-    return weight.mul_(weight_std(config)).to(dtype).cpu()

@@ -1,4 +1,4 @@
-"""From text to token ids and back, the same in every mode.
+"""From text to token ids and back, the same in every mode; and onto the user's screen.
 
 `tokenizers` and the checkpoint's own files are all it takes: transformers costs a lean start
 1.7 s, and two tokenising paths could disagree.
@@ -7,6 +7,8 @@
 import datetime
 import json
 import random
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +30,12 @@ class TextCodec:
     settings: dict[str, Any]
     chat_template: str | None
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Return the token ids of one user message, or of the bare text without a template."""
-        if self.chat_template is None:
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """Return the token ids of the bare text, or of one user message in the chat template."""
+        if not chat:
             return self.tokenizer.encode(prompt).ids
+        if self.chat_template is None:
+            raise UsageError("the checkpoint has no chat template: leave --chat out")
         text = _render(self.chat_template, prompt, self.settings)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -62,14 +66,57 @@ def load_codec(folder: Path) -> TextCodec:
     return TextCodec(Tokenizer.from_file(str(path)), settings, chat_template)
 
 
-def prompt_token_ids(codec: TextCodec, prompt: "PromptFlags", seed: int) -> list[int]:
-    """Return the prompt that the flags ask for."""
-    if prompt.prompt_length:
-        return codec.synthetic_prompt(prompt.prompt_length, seed)
-    token_ids = codec.encode_prompt(prompt.prompt)
-    if not token_ids:
-        raise UsageError("the prompt has no tokens: give some text, or --prompt-length N")
-    return token_ids
+def prompts_of(flags: "PromptFlags", codec: TextCodec, seed: int) -> list[list[int]]:
+    """Return the token ids of every request that the flags ask for, in order."""
+    if flags.prompt_length:
+        return [codec.synthetic_prompt(flags.prompt_length, seed)] * flags.num_requests
+    prompts = [codec.encode(text, flags.chat) for text in prompt_texts(flags)]
+    if not prompts or not all(prompts):
+        raise UsageError("a prompt has no tokens: give some text, or --prompt-length N")
+    return prompts * flags.num_requests
+
+
+def prompt_texts(flags: "PromptFlags") -> list[str]:
+    if flags.prompts_file is None:
+        return [sys.stdin.read() if flags.prompt == "-" else flags.prompt]
+    try:
+        lines = flags.prompts_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts-file {flags.prompts_file}: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+class Printer:
+    """Writes the text of requests to stdout while it is generated."""
+
+    def __init__(self, flags: "PromptFlags", codec: TextCodec):
+        self._codec = codec
+        # the same prompt again and again is shown once
+        self.shows_all = flags.show_completions or flags.prompts_file is not None
+
+    def of_request(self, number: int) -> Callable[[int | None], None]:
+        """Return what takes each new token id of request `number`, and None at its end."""
+        if number > 0 and not self.shows_all:
+            return lambda token_id: None
+        from tokenizers.decoders import DecodeStream
+
+        # holds back the bytes of a character that is not whole yet
+        stream = DecodeStream(skip_special_tokens=True)
+        token_ids: list[int] = []
+        shown: list[str] = []
+
+        def show(token_id: int | None) -> None:
+            if token_id is None:
+                text = self._codec.decode(token_ids)[len("".join(shown)) :] + "\n"
+            else:
+                token_ids.append(token_id)
+                text = stream.step(self._codec.tokenizer, token_id)
+            if text:
+                shown.append(text)
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+        return show
 
 
 def padding_token_id(codec: TextCodec, checkpoint: "Checkpoint") -> int:
@@ -79,12 +126,6 @@ def padding_token_id(codec: TextCodec, checkpoint: "Checkpoint") -> int:
     if token_id is not None:
         return token_id
     return checkpoint.eos_token_ids[0] if checkpoint.eos_token_ids else 0
-
-
-def pad_left(token_ids: list[int], length: int, padding_id: int) -> tuple[list[int], list[int]]:
-    """Return ids and attention mask of `length`, the prompt at the right end."""
-    missing = length - len(token_ids)
-    return [padding_id] * missing + token_ids, [0] * missing + [1] * len(token_ids)
 
 
 def bucket_for(length: int, buckets: tuple[int, ...]) -> int | None:
@@ -97,8 +138,6 @@ def _render(template: str, prompt: str, settings: dict[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.globals["raise_exception"] = _raise_template_error
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     tokens = {
         name: _token_text(settings[name])
@@ -106,7 +145,11 @@ def _render(template: str, prompt: str, settings: dict[str, Any]) -> str:
         if settings.get(name) is not None
     }
     messages = [{"role": "user", "content": prompt}]
-    return environment.from_string(template).render(
+    helpers = {
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "raise_exception": _raise_template_error,
+    }
+    return environment.from_string(template, globals=helpers).render(
         messages=messages, add_generation_prompt=True, tools=None, **tokens
     )
 

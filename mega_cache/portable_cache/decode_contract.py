@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from portable_cache import attention
+
 # what a checkpoint's config.json may change without changing what is computed
 VOLATILE_CONFIG = (
     "_name_or_path",
@@ -113,8 +115,8 @@ def _model_contract(model: nn.Module) -> dict[str, Any]:
     modules = [[name, type(module).__qualname__] for name, module in model.named_modules()]
     return {
         "config": _digest(config),
-        # private, and in neither version part of to_dict()
-        "attention": model.config._attn_implementation,
+        # private, and in neither version part of to_dict(); the step holds this file's code
+        "attention": [model.config._attn_implementation, attention.source_digest()],
         "training": model.training,
         "modules": _digest(modules),
         "weights": _digest(_weights(model)),

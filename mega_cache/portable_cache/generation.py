@@ -4,76 +4,94 @@
 prompt as long as the KV cache keeps its length, which is why caches are made here, not by it.
 """
 
-import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import nullcontext
 
-from common.devices import synchronize
-from common.measures import Request
-from common.stopwatch import FirstTokenClock
-from portable_cache.flags import CompileFlags
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    CompileConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+from common.errors import UsageError
+from common.flags import SamplingFlags
+from common.serve import Generate, TokenStreamer
+from common.target import Target
+from portable_cache import attention
+from portable_cache.flags import DYNAMIC, CompileFlags
 
-_DYNAMIC = {"auto": None, "true": True, "false": False}
+STOCK_ATTENTION = "sdpa"  # of the eager mode, which is what one would run without a compiler
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model sees it: `padding` positions on the left are masked."""
-
-    token_ids: list[int]
-    padding: int
-    padding_id: int
-
-    @property
-    def padded_length(self) -> int:
-        return len(self.token_ids) + self.padding
+def make_model(
+    target: Target, tensors: dict[str, torch.Tensor], attention_name: str
+) -> PreTrainedModel:
+    """Return the model in eval mode over `tensors`; gradients are off for the whole process."""
+    logging.set_verbosity_error()  # its advice is about flags we pass on purpose
+    torch.set_grad_enabled(False)
+    attention.register()
+    config = AutoConfig.from_pretrained(target.checkpoint.folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=target.dtype, attn_implementation=attention_name
+        )
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    # its frequencies are in no checkpoint: computed on the CPU, as from_pretrained does
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(target.device)
+    named = (*model.named_parameters(), *model.named_buffers())
+    if absent := [name for name, tensor in named if tensor.is_meta]:
+        raise UsageError(f"the checkpoint lacks {', '.join(absent[:3])}: is it a whole Llama?")
+    return model.eval()
 
 
 def configure_generation(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     flags: CompileFlags,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     padding_id: int,
-    temperature: float = 0.0,
+    sampling: SamplingFlags,
     eager: bool = False,
 ) -> None:
     """Set every choice of `generate`, so that none is left to the checkpoint's own defaults."""
-    import torch
-    from transformers import CompileConfig, GenerationConfig
-
     if flags.compile_dynamic == "true":
         # otherwise Dynamo makes a symbol of every float, finds that it needs the number, and traces
         # again: one AOTAutograd miss more per graph, at build and at run alike
         torch._dynamo.config.specialize_float = True
     compile_config = CompileConfig(
-        fullgraph=flags.fullgraph,
-        dynamic=_DYNAMIC[flags.compile_dynamic],
-        mode=flags.compile_mode,
+        fullgraph=flags.fullgraph, dynamic=DYNAMIC[flags.compile_dynamic], mode=flags.compile_mode
     )
     # private (transformers 4.57, 5.x): without it generate compiles on accelerators only
     compile_config._compile_all_devices = True
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    samples = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=padding_id,
         compile_config=None if eager else compile_config,
         disable_compile=eager,
-        **sampling,
+        **(samples if sampling.temperature else {}),
     )
 
 
-def make_cache(model: "PreTrainedModel", flags: CompileFlags, slots: int) -> "Cache":
+def make_cache(model: PreTrainedModel, flags: CompileFlags, slots: int) -> Cache:
     """Return a static KV cache, each layer (1, kv_heads, slots, head_dim), already allocated.
 
     Allocated before anything is compiled: CUDA graphs replay only over addresses that stay.
     """
-    from transformers import StaticCache
-
     config = model.config
     cache = StaticCache(
         config=config,
@@ -92,48 +110,47 @@ def make_cache(model: "PreTrainedModel", flags: CompileFlags, slots: int) -> "Ca
     return cache
 
 
-def slots_for(flags: CompileFlags, padded_length: int, max_new_tokens: int) -> int:
-    """Return how many tokens the KV cache of a prompt must hold: a matter of the recipe first."""
-    if flags.max_cache_len:
-        return flags.max_cache_len
-    return padded_length + max(flags.decode_length, max_new_tokens)
+def make_generate(
+    model: PreTrainedModel,
+    cache: Cache | None,
+    seed: int,
+    padded_length: Callable[[int], int] = lambda length: length,
+) -> Generate:
+    """Return how a request is served; `cache` None is `generate`'s own, growing one.
+
+    `padded_length` says to how many tokens a prompt is padded on the left.
+    """
+
+    def generate(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
+        torch.manual_seed(seed)
+        if cache is not None:
+            cache.reset()  # its slots and its length are the last request's
+        padding = padded_length(len(prompt)) - len(prompt)
+        ids = [model.generation_config.pad_token_id] * padding + prompt
+        mask = [0] * padding + [1] * len(prompt)
+        with nullcontext() if padding else attention.from_first_slot():
+            output = model.generate(
+                torch.tensor([ids], device=model.device),  # (1, padded length) int64
+                attention_mask=torch.tensor([mask], device=model.device),  # the same shape
+                streamer=TokenStreamer(on_token),
+                **({} if cache is None else {"past_key_values": cache}),
+            )  # (1, padded length + new tokens) int64
+        return output[0, len(ids) :].tolist()
+
+    return generate
 
 
-def serve(
-    model: "PreTrainedModel", prompt: Prompt, cache: "Cache | None", seed: int
-) -> tuple[Request, list[int]]:
-    """Generate once; return the timing and the new token ids. `cache` None is `generate`'s own."""
-    import torch
-
-    torch.manual_seed(seed)
-    if cache is not None:
-        cache.reset()  # its slots and its length are the last request's
-    clock = FirstTokenClock()
-    synchronize(model.device)
-    began = time.monotonic()
-    ids = [prompt.padding_id] * prompt.padding + prompt.token_ids
-    mask = [0] * prompt.padding + [1] * len(prompt.token_ids)
-    output = model.generate(
-        torch.tensor([ids], device=model.device),  # (1, padded_length) int64
-        attention_mask=torch.tensor([mask], device=model.device),  # (1, padded_length) int64
-        streamer=clock,
-        **({} if cache is None else {"past_key_values": cache}),
-    )  # (1, padded_length + new_tokens) int64
-    new_ids = output[0, len(ids) :].tolist()
-    synchronize(model.device)
-    ended = time.monotonic()
-    ttft = None if clock.first_token_at is None else clock.first_token_at - began
-    return Request(ended - began, ttft, len(new_ids)), new_ids
+def import_compiler() -> None:
+    """Import what the first compiled call would, so that request 1 does not pay for it."""
+    import torch._inductor.compile_fx  # noqa: F401
 
 
-def forget_compiled_state(model: "PreTrainedModel") -> None:
-    """Make the next length compile as a fresh process would.
+def forget_compiled_state(model: PreTrainedModel) -> None:
+    """Make the next cache length compile as a fresh process would.
 
     Otherwise the second length makes Dynamo switch to dynamic shapes, and what is saved is a graph
     that no process starting at that length ever looks for.
     """
-    import torch
-
     torch._dynamo.reset()
     # private (transformers 4.57, 5.x): the compiled call that generate keeps on the model
     for name in ("_compiled_call", "_last_compile_config"):

@@ -1,133 +1,105 @@
 """From the artifact on disk into this process's compiler caches."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from common.artifacts import ArtifactPair, open_verified, peek_manifest, read_blob
-from common.compile_evidence import GraphLookup, parse_graphs, watch_compilation
-from common.console import Console
+from transformers import Cache, PreTrainedModel
+
+from common.artifacts import ArtifactPair, open_verified, read_blob
+from common.cli import Console
+from common.compile_counts import Watch
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import Manifest, describe, differences
-from common.results import environment
-from common.targets import Target
+from common.manifest import Manifest, describe, differences, raise_if_different
+from common.report import environment
+from common.target import Target
 from common.trust import TrustFlags
+from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, CompileFlags
-from portable_cache.recipe import find_differences, recipe
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
-    from common.compile_evidence import Watch
+from portable_cache.recipe import find_differences
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What came out of an artifact."""
 
+    pair: ArtifactPair
     manifest: Manifest
     verify_seconds: float
-    entries: dict[str, int]
-    decode_step: bytes | None
-    graphs: list[GraphLookup]  # what the build looked up
+    bundle: bundle.LoadedBundle
+    lookups: list[hits.Lookup]  # those of the build
 
     def as_json(self) -> dict:
         return {
+            "name": self.pair.path.name,
             "sha256": self.manifest.file["sha256"],
             "bytes": self.manifest.file["bytes"],
             "verify_seconds": self.verify_seconds,
-            "entries": self.entries,
+            "entries": self.bundle.entries,
         }
 
 
 def load_artifact(
     pair: ArtifactPair,
     target: Target,
-    compilation: CompileFlags,
-    padded_length: int,
+    flags: CompileFlags,
     trust: TrustFlags,
-    watch: "Watch",
+    watch: Watch,
     console: Console,
 ) -> Loaded:
     """Check the artifact against this run, then load it; any doubt is an error of its own kind."""
-    from portable_cache import bundle
-
     bundle.check_caches_are_on()
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
-        graphs = _graphs_of(pair, manifest)
-        found = find_differences(
-            manifest,
-            environment(),
-            target.describe_model(),
-            recipe(compilation, (), target.device),
-            padded_length,
-        )
-        if found:
-            raise ArtifactMismatchError(
-                f"{pair.path} was built for something else: {describe(found)}; "
-                "rebuild it with ./build.sh and the same flags, or run with the build's"
-            )
+        lookups = _lookups_of(pair, manifest)
+        raise_if_different(pair.path, find_differences(manifest, target, flags))
         for difference in differences(manifest.environment, environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         blob = read_blob(verified)
-    bundle.record_kernels()
     try:
         loaded = bundle.load_bundle(blob)
-    except bundle.DamagedBundle as error:
-        raise ArtifactDamagedError(f"{pair.path}: {error}") from error
-    except bundle.ForeignBundle as error:
-        raise ArtifactMismatchError(f"{pair.path}: {error}") from error
+    except (ArtifactDamagedError, ArtifactMismatchError) as error:
+        raise type(error)(f"{pair.path}: {error}") from error
     watch.restored.update(loaded.restored)
-    # keys that are known need no spelling out when they are looked up
-    watch_compilation(frozenset(key for keys in loaded.graph_keys.values() for key in keys))
-    return Loaded(manifest, verified.verify_seconds, loaded.entries, loaded.decode_step, graphs)
+    hits.know_keys(key for keys in loaded.graph_keys.values() for key in keys)
+    return Loaded(pair, manifest, verified.verify_seconds, loaded, lookups)
 
 
 def use_decode_step(
     loaded: Loaded | None,
+    slots: int,
     wanted: bool | None,
-    model: "PreTrainedModel",
-    cache: "Cache",
+    model: PreTrainedModel,
+    cache: Cache | None,
     console: Console,
 ) -> bool:
-    """Hand the artifact's precompiled decode step to `generate`; return whether it is in use.
+    """Hand the artifact's decode step for this cache to `generate`; return whether it is in use.
 
     `wanted` None takes it when it is there and fits, with one warning when it does not fit.
     """
-    contract = loaded.manifest.details.get("decode_step") if loaded else None
+    contract = loaded.manifest.details["decode_steps"].get(str(slots)) if loaded else None
     if wanted is False or (contract is None and wanted is None):
         return False
-    from portable_cache import precompile
-
     try:
-        if contract is None or loaded.decode_step is None:
-            raise precompile.PrecompileMismatch(
-                "the artifact has no precompiled decode step: ./build.sh --precompile makes one"
+        if contract is None:
+            raise decode_ahead.PrecompileMismatch(
+                f"the artifact has no precompiled decode step for {slots} slots: ./build.sh "
+                "--precompile makes one"
             )
-        decode = precompile.load(loaded.decode_step, contract, model, cache)
-    except (precompile.PrecompileMismatch, *precompile.FAILURES) as error:
+        content = loaded.bundle.decode_steps[slots]
+        decode = decode_ahead.load(content, contract, model, cache)
+    except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
         if wanted:
             raise ArtifactMismatchError(str(error)) from error
         console.warn(f"{error}; tracing instead")
         return False
-    precompile.install(model, decode)
+    decode_ahead.install(model, decode)
     return True
 
 
-def warmed_lengths(pair: ArtifactPair) -> tuple[int, ...]:
-    """Return the prefill lengths of the artifact at hand, or none when there is no such thing.
-
-    Lengths only choose the padding, so unlike the artifact itself they need no trust.
-    """
-    manifest = peek_manifest(pair)
-    lengths = manifest.recipe.get("prefill_lengths") if manifest else None
-    valid = isinstance(lengths, list) and all(type(length) is int for length in lengths)
-    return tuple(lengths) if valid else ()
-
-
-def _graphs_of(pair: ArtifactPair, manifest: Manifest) -> list[GraphLookup]:
+def _lookups_of(pair: ArtifactPair, manifest: Manifest) -> list[hits.Lookup]:
     try:
-        return parse_graphs(manifest.details["graphs"])
+        if not isinstance(manifest.details["decode_steps"], dict):
+            raise TypeError("decode_steps")
+        return hits.parse_lookups(manifest.details["graphs"])
     except (KeyError, TypeError) as error:
         raise ArtifactDamagedError(
             f"{pair.metadata_path} does not list the graphs of its build ({error}): "

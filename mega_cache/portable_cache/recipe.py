@@ -1,52 +1,65 @@
 """What an artifact was built for, and whether this run is that."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
 
 from common.manifest import Difference, Manifest, differences
-from portable_cache.flags import CompileFlags
-
-if TYPE_CHECKING:
-    import torch
+from common.report import environment
+from common.target import Target
+from portable_cache.flags import CACHE_IMPLEMENTATIONS, COMPILE_MODES, DYNAMIC, CompileFlags
 
 # a cache built under another value of one of these is never hit
 _ENVIRONMENT_FIELDS = ("torch", "triton", "transformers", "cuda", "gpu", "compute_capability")
 _MODEL_FIELDS = ("config_digest", "dtype")
 
 
-def recipe(flags: CompileFlags, lengths: tuple[int, ...], device: "torch.device") -> dict[str, Any]:
+def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
     """Return every setting that shapes the compiled graphs."""
-    return {
-        "max_cache_len": flags.max_cache_len,
-        "prefill_lengths": list(lengths),
-        "decode_length": flags.decode_length,
-        "cache_implementation": flags.cache_implementation,
-        "compile_dynamic": flags.compile_dynamic,
-        "compile_mode": flags.compile_mode,
-        "fullgraph": flags.fullgraph,
-        "batch_size": 1,
-        "device": device.type,
-    }
+    return asdict(flags) | {"batch_size": 1, "device": device.type}
 
 
-def find_differences(
-    manifest: Manifest,
-    environment: dict[str, Any],
-    model: dict[str, Any],
-    found_recipe: dict[str, Any],
-    padded_length: int,
-) -> list[Difference]:
+def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:
+    """Return `told` with what is None in it taken from an artifact, else from the defaults."""
+    built = (_flags_of(manifest.recipe) if manifest else None) or CompileFlags()
+    values = {name: value for name, value in vars(told).items() if value is not None}
+    return replace(built, **values)
+
+
+def shortest_that_holds(flags: CompileFlags, tokens: int) -> int | None:
+    """Return the slots of the shortest warmed KV cache for so many tokens, if one is that long."""
+    return min((slots for slots in flags.cache_lengths() if slots >= tokens), default=None)
+
+
+def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) -> list[Difference]:
     """Return every field in which this run is not what the artifact was built for."""
-    recipe_fields = [name for name in found_recipe if name != "prefill_lengths"]
-    if manifest.recipe.get("max_cache_len"):
-        # one cache serves every length: how it was warmed up does not matter
-        recipe_fields.remove("decode_length")
-    found = (
-        differences(manifest.environment, environment, _ENVIRONMENT_FIELDS)
-        + differences(manifest.model, model, _MODEL_FIELDS)
-        + differences(manifest.recipe, found_recipe, recipe_fields)
+    found = recipe(flags, target.device)
+    return (
+        differences(manifest.environment, environment(), _ENVIRONMENT_FIELDS)
+        + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
+        + differences(manifest.recipe, found, found)
     )
-    lengths = manifest.recipe.get("prefill_lengths")
-    warmed = isinstance(lengths, list) and padded_length in lengths
-    if not manifest.recipe.get("max_cache_len") and not warmed:
-        found.append(Difference("prefill_lengths", lengths, padded_length))
-    return found
+
+
+def _flags_of(values: dict[str, Any]) -> CompileFlags | None:
+    """Return the flags in a recipe, or None if no build of ours could have written it."""
+    lengths = values.get("prefill_lengths")
+    if not isinstance(lengths, list) or not lengths:
+        return None
+    numbers = (*lengths, values.get("decode_length"), values.get("max_cache_len"))
+    sound = (
+        all(type(number) is int for number in numbers)
+        and min(numbers[:-1]) > 0
+        and (numbers[-1] == 0 or numbers[-1] > 1)
+        and values.get("cache_implementation") in CACHE_IMPLEMENTATIONS
+        and values.get("compile_dynamic") in tuple(DYNAMIC)
+        and values.get("compile_mode") in COMPILE_MODES
+        and isinstance(values.get("fullgraph"), bool)
+    )
+    if not sound:
+        return None
+    names = [field.name for field in fields(CompileFlags)]
+    return CompileFlags(
+        **{name: values[name] for name in names} | {"prefill_lengths": tuple(lengths)}
+    )

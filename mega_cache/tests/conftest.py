@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,8 +13,15 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 sys.path.insert(0, str(FOLDER / "tests"))
 
-BUILD = ("--model-id=random:tiny", "--device=cpu", "--prefill-lengths=16", "--decode-length=4")
-SLOTS = "--max-cache-len=2048"  # as the wrappers say it
+BUILD = (
+    "--model-id=random:tiny",
+    "--device=cpu",
+    "--prefill-lengths=16",
+    "--decode-length=8",
+)
+
+# whoever runs this in the background of a shell leaves SIGINT ignored, for our children too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is slow, and that is no failure
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,14 +74,16 @@ def subject(copied_folder):
     from common.artifacts import ArtifactPair
 
     artifact = copied_folder / "artifacts" / "llama3b_torchcompile_cache.bin"
-    short = ("--prompt-length=12", "--max-new-tokens=3", SLOTS)
+    short = ("--prompt-length=12", "--max-new-tokens=3")
     return Subject(
         build="build_llama_portable_cache.py",
         run="run_llama_with_portable_cache.py",
         path_flag="--cache-path",
         pair=ArtifactPair(artifact, artifact.with_name(artifact.stem + "_meta.json")),
         flags=("--model-id=random:tiny", "--device=cpu", "--load-artifacts", *short),
-        build_flags=(*BUILD, SLOTS),
+        # verifying is a test of its own, and takes another process
+        build_flags=(*BUILD, "--no-verify"),
+        verify_flags=("--verify",),
         checked=(
             "environment.torch",
             "environment.triton",
@@ -94,20 +104,23 @@ def eager_tokens(presets_folder):
     import torch
 
     from common.checkpoints import resolve_checkpoint
-    from common.console import Console
-    from common.models import load_model
+    from common.cli import Console
+    from common.flags import SamplingFlags
     from common.prompts import load_codec
+    from common.target import Target, load_model
     from portable_cache import generation
     from portable_cache.flags import CompileFlags
 
-    checkpoint = resolve_checkpoint("random:tiny", presets_folder, Console(quiet=True))
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))
+    target = Target(checkpoint, torch.device("cpu"), torch.float32)
+    model = load_model(target)
     codec = load_codec(checkpoint.folder)
 
     def tokens(length, new_tokens):
-        eos = checkpoint.eos_token_ids
-        generation.configure_generation(model, CompileFlags(), new_tokens, eos, 0, eager=True)
-        prompt = generation.Prompt(codec.synthetic_prompt(length, seed=0), 0, 0)
-        return generation.serve(model, prompt, None, seed=0)[1]
+        stops = checkpoint.eos_token_ids
+        flags, sampling = CompileFlags(), SamplingFlags()
+        generation.configure_generation(model, flags, new_tokens, stops, 0, sampling, eager=True)
+        generate = generation.make_generate(model, None, seed=0)
+        return generate(codec.synthetic_prompt(length, seed=0), lambda token_id: None)
 
     return tokens

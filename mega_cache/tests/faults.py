@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(FOLDER))
 
 from helpers import user_environment  # noqa: E402
 
-from common.artifacts import ArtifactPair, describe_file  # noqa: E402
+from common.artifacts import ArtifactPair  # noqa: E402
 from common.manifest import dump_manifest, parse_manifest  # noqa: E402
 
 TIME_LIMIT_SECONDS = 120.0  # of one call: the bound that no fault may reach
@@ -46,6 +47,7 @@ class Subject:
     flags: tuple[str, ...]  # a run that must load the artifact
     build_flags: tuple[str, ...]
     checked: tuple[str, ...]  # fields of the metadata that must be this run's
+    verify_flags: tuple[str, ...] = ()  # what a build needs besides to be published
 
     def run_flags(self, pair: ArtifactPair) -> list[str]:
         return [*self.flags, f"{self.path_flag}={pair.path}"]
@@ -95,9 +97,9 @@ def edit_metadata(pair: ArtifactPair, **changes: Any) -> None:
 
 
 def put(pair: ArtifactPair, content: bytes) -> None:
-    """Replace the artifact's content, and make the metadata name the new one."""
+    """Replace the artifact by at most a block of bytes, and make the metadata name these."""
     pair.path.write_bytes(content)
-    edit_metadata(pair, file=describe_file(pair.path))
+    edit_metadata(pair, file={"bytes": len(content), "sha256": sha256(content).hexdigest()})
 
 
 def mutations(content: bytes, chance: random.Random) -> Iterator[bytes]:

@@ -118,24 +118,16 @@ def test_metadata_without_its_graphs_is_refused(value, pair, refusal):
     assert "does not list the graphs of its build" in refusal(DAMAGED)
 
 
-PER_LENGTH = ("--max-cache-len=0", "--decode-length=4", "--bucket-pad")
-
-
 @pytest.mark.parametrize("value", [..., None, "128", [None], [[]], ["8"], [True], [1.5], [-4]])
 def test_lengths_that_are_none_are_a_mismatch(value, pair, refusal):
-    edit_metadata(pair, recipe__prefill_lengths=value, recipe__max_cache_len=0)
-    assert "prefill_lengths: built with" in refusal(MISMATCH, *PER_LENGTH)
+    edit_metadata(pair, recipe__prefill_lengths=value)
+    assert "prefill_lengths: built with" in refusal(MISMATCH)
 
 
-def test_a_prompt_beyond_the_warmed_lengths_is_a_mismatch(pair, refusal):
-    edit_metadata(pair, recipe__max_cache_len=0)
-    line = refusal(MISMATCH, "--prompt-length=17", *PER_LENGTH)
-    assert "prefill_lengths: built with [16], found 17" in line
-
-
-def test_a_prompt_beyond_the_cache_is_a_usage_error(refusal):
-    line = refusal(2, "--prompt-length=2046")
-    assert "2046 prompt tokens + 3 new ones need more than the 2048 slots" in line
+@pytest.mark.parametrize("value", [..., None, [], "24"])
+def test_metadata_without_its_decode_steps_is_refused(value, pair, refusal):
+    edit_metadata(pair, details__decode_steps=value)
+    assert "does not list" in refusal(DAMAGED)
 
 
 OFF = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

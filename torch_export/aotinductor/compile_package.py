@@ -1,32 +1,41 @@
-"""Compile exported programs into one `.pt2`, with or without their weights.
+"""From a model to a `.pt2`: export, compile ahead of time, package, and say where the weights lie.
 
 Private API: `torch._inductor.aot_compile` and `torch._inductor.package.package_aoti`, which are
 what `aoti_compile_and_package` calls for one program (read in torch 2.9.1 and 2.13.0); it takes
 only one.
 """
 
+import io
+import json
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aotinductor import package_loader
+from aotinductor import kv_graphs
+from aotinductor.base import export_base_graph
+from aotinductor.host_code import portable_host_code
+from aotinductor.kv_cache import CacheShape
+from aotinductor.lengths import Bounds
+from aotinductor.package import OPENED, PLAIN_MODEL, Constant
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-@dataclass(frozen=True)
-class Constant:
-    """A tensor that the graphs read.
-
-    `aliases` are further names of the same tensor (tied weights): a checkpoint may use any of them.
-    `values` holds the tensor where no checkpoint does (rope frequencies).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    aliases: tuple[str, ...] = ()
-    values: tuple[float, ...] | None = None
+_CODE_ONLY = {"aot_inductor.package_constants_in_so": False}
+# At the library's end, and not within it: there their offsets are known, whatever their size.
+_BEHIND_LIBRARY = {"aot_inductor.force_mmap_weights": True}
+# A record for each tensor, whatever the number of graphs that read it; 2.9 knows one format for it.
+_BESIDE_LIBRARY = _CODE_ONLY | (
+    {"aot_inductor.package_constants_on_disk": True}
+    if torch.__version__ < "2.10"
+    else {"aot_inductor.package_constants_on_disk_format": "pickle_weights"}
+)
+_PAGE_BYTES = 16384  # what the runtime wants the weights behind a library aligned to
 
 
 @dataclass(frozen=True)
@@ -37,69 +46,145 @@ class Program:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
-def compile_package(
-    path: str | Path,
-    programs: Mapping[str, Program],
-    embed_weights: bool,
-    max_autotune: bool = False,
-) -> list[Constant]:
-    """Write `path` with one model for each name in `programs`; return the constants they expect.
+def compile_base_package(
+    model: "PreTrainedModel", bounds: Bounds, example_seq_len: int, path: Path,
+    embed_weights: bool, max_autotune: bool,
+) -> dict:  # fmt: skip
+    """Write `path` with the base graph; return the metadata's `details`.
 
-    Without embedded weights the file holds code only, and the loader must bind every constant. With
-    them each graph holds a copy of its own: two graphs, twice the weights.
+    With its weights it is compiled twice: a model either brings its weights, which the plain loader
+    needs, or leaves them to be bound, which a start without unpacking them needs.
     """
+    exported = export_base_graph(model, bounds, example_seq_len)
+    name = OPENED[False][0]
+    program = Program(exported, {"max_autotune": max_autotune})
+    files = {name: compile_program(program, _CODE_ONLY)}
+    constants = list_constants([exported])
+    if embed_weights:
+        files[PLAIN_MODEL] = compile_program(program, _BEHIND_LIBRARY)
+    package(path, files)
+    if embed_weights:
+        constants = with_offsets(constants, find_behind_library(path))
+    return {"graphs": [name], "constants": [asdict(constant) for constant in constants]}
+
+
+def compile_kv_package(
+    model: "PreTrainedModel", bounds: Bounds, slots: int, example_seq_len: int, path: Path,
+    embed_weights: bool, max_autotune: bool,
+) -> dict:  # fmt: skip
+    """Write `path` with the models `prefill` and `decode`; return the metadata's `details`."""
+    cache = CacheShape.of(model.config, slots)
+    programs = {
+        # Not tuned: that would be for the example's length, and serve every other one too. The
+        # library chooses for each.
+        "prefill": Program(
+            kv_graphs.export_prefill(model, cache, bounds, example_seq_len), {"max_autotune": False}
+        ),
+        "decode": Program(
+            kv_graphs.export_decode(model, cache),
+            {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
+            | kv_graphs.decode_options(model),
+        ),
+    }
+    place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
+    package(path, {name: compile_program(one, place) for name, one in programs.items()})
+    constants = list_constants(program.exported for program in programs.values())
+    if embed_weights:
+        constants = with_offsets(constants, find_beside_library(path))
+    return {
+        "graphs": list(programs),
+        "cache": asdict(cache),
+        "rope": kv_graphs.rope_recipe(model),
+        "constants": [asdict(constant) for constant in constants],
+    }
+
+
+def compile_program(program: Program, place: Mapping[str, object]) -> Any:
+    """Return the files of one compiled program, its constants where `place` has them."""
     from torch._inductor import aot_compile
+
+    args, kwargs = program.exported.example_inputs
+    # the module's own guards are Python checks, which a compiled package does not run anyway
+    module = program.exported.module(check_guards=False)
+    options = {
+        "aot_inductor.package": True,
+        # or the kernels are built for this machine's number of cores, whatever the other one has
+        "cpp.dynamic_threads": True,
+        # More than one, also where a build has one: with 1 Inductor leaves out what keeps several
+        # threads of a later run from all doing the same piece of work (`omp single`), and each of
+        # them advances `position` (torch 2.9.1 to 2.13). How many hardly matters.
+        "cpp.threads": 16,
+        # all but CPP, whose template for CPUs packs this checkpoint's weights into a new constant
+        "max_autotune_gemm_backends": "ATEN,TRITON",
+    }
+    with portable_host_code(args[0].device):
+        return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
+
+
+def package(path: Path, files: Mapping[str, list]) -> None:
     from torch._inductor.package import package_aoti
 
-    files = {}
-    for name, program in programs.items():
-        exported = program.exported
-        args, kwargs = exported.example_inputs
-        # The module's own guards are Python checks, which a compiled package does not run anyway.
-        module = exported.module(check_guards=False)
-        options = inductor_options(embed_weights, max_autotune) | dict(program.options)
-        files[name] = aot_compile(module, args, kwargs, options=options)
-    package_aoti(str(path), files)
-    constants = list_constants(program.exported for program in programs.values())
-    if not embed_weights:
-        check_bindable(path, programs, constants)
-    return constants
+    package_aoti(str(path), dict(files))
 
 
-def check_bindable(path: str | Path, names: Iterable[str], constants: list[Constant]) -> None:
-    """Raise RuntimeError if a compiled graph reads a constant that no checkpoint can give it."""
-    for name in names:
-        wanted = set(package_loader.open_model(path, name).get_constant_fqns())
-        if made := sorted(wanted - {constant.name for constant in constants}):
-            raise RuntimeError(f"Inductor made constants of its own in {name}: {', '.join(made)}")
+def with_offsets(constants: Iterable[Constant], offsets: Mapping[str, int]) -> list[Constant]:
+    return [replace(constant, offset=offsets[constant.name]) for constant in constants]
 
 
-def inductor_options(embed_weights: bool, max_autotune: bool) -> dict[str, object]:
-    """Return the options for all graphs."""
-    options: dict[str, object] = {
-        "aot_inductor.package": True,
-        "aot_inductor.package_constants_in_so": embed_weights,
-        "max_autotune": max_autotune,
-        # Or the kernels are built for this machine's number of cores, whatever the other one has.
-        "cpp.dynamic_threads": True,
-    }
-    if not embed_weights:
-        # All but CPP, whose template for CPUs packs this checkpoint's weights into a new constant.
-        options["max_autotune_gemm_backends"] = "ATEN,TRITON"
-    return options
+def find_behind_library(path: Path) -> dict[str, int]:
+    """Return where each constant of the plain model begins in the package.
 
-
-def decode_options(device: str, max_autotune: bool) -> dict[str, object]:
-    """Inductor options for a one-token graph.
-
-    On CUDA `coordinate_descent_tuning` turns a matrix times one row into a generated reduction,
-    which reads the weights at bandwidth and takes the neighbouring elementwise work along:
-    the recipe of gpt-fast.
+    The runtime reads them one after the other from the end of the library's file, in the order and
+    with the sizes of the generated constructor, which is in the package too.
     """
-    return {"coordinate_descent_tuning": True} if device == "cuda" and max_autotune else {}
+    with zipfile.ZipFile(path) as archive:
+        files = [
+            name
+            for name in archive.namelist()
+            if name.split("/")[1:-1] == ["data", "aotinductor", PLAIN_MODEL]
+        ]
+        (library,) = (name for name in files if name.endswith(".so"))
+        (source,) = (name for name in files if name.endswith(".wrapper.cpp"))
+        rows = re.findall(
+            r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"',
+            archive.read(source).decode(),
+            re.DOTALL,
+        )
+        size = archive.getinfo(library).file_size
+    first = size - sum(int(data_size) for data_size, _ in rows) - 8  # a magic number is the last
+    if first % _PAGE_BYTES:
+        raise RuntimeError(f"the weights behind {library} are not where the runtime reads them")
+    offset = record_offset(path, library) + first
+    offsets = {}
+    for data_size, name in rows:
+        offsets[name] = offset
+        offset += int(data_size)
+    return offsets
 
 
-def list_constants(exported_programs) -> list[Constant]:
+def find_beside_library(path: Path) -> dict[str, int]:
+    """Return where each constant begins that has a record of its own: a `torch.save`, a zip too."""
+    offsets = {}
+    with zipfile.ZipFile(path) as archive:
+        for config in archive.namelist():
+            if not config.endswith("/weights_config.json"):
+                continue
+            root = config.partition("/")[0]
+            for name, (record, _, _, _) in json.loads(archive.read(config)).items():
+                if name not in offsets:
+                    record = f"{root}/data/weights/{record}"
+                    saved = io.BytesIO(archive.read(record))
+                    begin = torch._C.PyTorchFileReader(saved).get_record_offset("data/0")
+                    offsets[name] = record_offset(path, record) + begin
+    return offsets
+
+
+def record_offset(path: Path, name: str) -> int:
+    """Return where the content of an entry begins in the file."""
+    return torch._C.PyTorchFileReader(str(path)).get_record_offset(name.partition("/")[2])
+
+
+def list_constants(exported_programs: Iterable[torch.export.ExportedProgram]) -> list[Constant]:
     """Return every constant of the programs once. Raises ValueError where two graphs differ."""
     found: dict[str, Constant] = {}
     for exported in exported_programs:
@@ -116,7 +201,7 @@ def used_constant_names(exported: torch.export.ExportedProgram) -> list[str]:
     wanted = (kinds.PARAMETER, kinds.BUFFER, kinds.CONSTANT_TENSOR)
     used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
     specs = (spec for spec in exported.graph_signature.input_specs if spec.kind in wanted)
-    return [spec.target for spec in specs if spec.arg.name in used]
+    return [str(spec.target) for spec in specs if spec.arg.name in used]
 
 
 def describe_constant(exported: torch.export.ExportedProgram, name: str) -> Constant:

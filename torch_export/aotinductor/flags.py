@@ -4,11 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts import ArtifactPair
-from common.cli import flag, positive_int
+from common.cli import flag, positive_int, positive_ints
+from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.store import FetchFlags, PublishFlags
+from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "torch_export"
-CHECKPOINTS = FOLDER / "artifacts/checkpoints"  # where presets are written
+# what a trial of compare or benchmark adds to the user's words, by mode
+LOAD = ["--load-artifacts", "--no-eager"]
+SKIP = ["--no-load-artifacts", "--no-eager"]
+EAGER = ["--eager"]
 
 _NO_PRELOAD_METHODS = ("torch-compile", "export")
 
@@ -18,7 +24,7 @@ class PackageFileFlags:
     """artifact"""
 
     package_path: Path = flag(
-        FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package"
+        FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package", often=True
     )
     metadata_path: Path | None = flag(
         None, "its metadata; without it NAME_meta.json beside the package NAME.pt2"
@@ -42,7 +48,7 @@ class ShapeFlags:
         True, "export for every length within the bounds instead of for the example's alone"
     )
     min_seq_len: int = flag(1, "shortest sequence in tokens, before padding", parse=positive_int)
-    max_seq_len: int = flag(2048, "longest sequence in tokens", parse=positive_int)
+    max_seq_len: int = flag(2048, "longest sequence in tokens", parse=positive_int, often=True)
     dynamic_seq_multiple: int = flag(
         8, "tokens that a padded sequence is a multiple of", parse=positive_int
     )
@@ -75,6 +81,7 @@ class GraphFlags:
         False,
         "build a prefill and a decode graph over one static KV cache instead of the base graph, "
         "which recomputes the whole sequence for every token",
+        often=True,
     )
     max_cache_len: int | None = flag(
         None, "slots (tokens) of the KV cache; without: --max-seq-len", parse=positive_int
@@ -103,7 +110,7 @@ class CompileFlags:
     """compilation"""
 
     max_autotune: bool = flag(
-        True, "measure several kernels for each matrix product and keep the fastest"
+        True, "measure several kernels for each matrix product and keep the fastest", often=True
     )
 
 
@@ -123,7 +130,7 @@ class LoadFlags:
     """loading, or what to do instead"""
 
     load_artifacts: bool = flag(
-        True, "generate from the package; --no-load-artifacts compiles at runtime"
+        True, "generate from the package; --no-load-artifacts compiles at runtime", often=True
     )
     eager: bool = flag(
         False, "neither load nor compile: Hugging Face generate(..., disable_compile=True)"
@@ -151,3 +158,59 @@ class LoadFlags:
         "pad each sequence to the next of the metadata's buckets instead of the next multiple: "
         "fewer shapes, more work",
     )
+
+
+@dataclass(frozen=True)
+class EquivalenceFlags:
+    """equivalence"""
+
+    logit_prompt_lengths: tuple[int, ...] = flag(
+        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
+    )
+    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Every flag of a build, by group."""
+
+    shared: SharedFlags
+    graph: GraphFlags
+    shape: ShapeFlags
+    compilation: CompileFlags
+    files: PackageFileFlags
+    store: PublishFlags
+
+    def __post_init__(self):
+        slots, longest = self.graph.slots(self.shape), self.shape.max_seq_len
+        if slots is None:
+            return
+        if not self.shape.dynamic_seq_len:
+            raise ValueError(
+                "--kv-cache needs prompts of any length: leave --no-dynamic-seq-len out"
+            )
+        if slots < longest:
+            raise ValueError(
+                f"--max-cache-len {slots} cannot hold a prompt of --max-seq-len {longest} tokens: "
+                "lower the one or raise the other"
+            )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Every flag of a run, by group."""
+
+    shared: SharedFlags
+    prompt: PromptFlags
+    sampling: SamplingFlags
+    loading: LoadFlags
+    shape: ExpectedShapeFlags
+    files: PackageFileFlags
+    store: FetchFlags
+    trust: TrustFlags
+
+    @property
+    def mode(self) -> str:
+        if self.loading.eager:
+            return "eager"
+        return "load" if self.loading.load_artifacts else "skip"

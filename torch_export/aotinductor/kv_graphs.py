@@ -1,32 +1,36 @@
 """The two exported graphs over one static KV cache: `prefill` (a prompt) and `decode` (one token).
 
-Both run the Hugging Face checkpoint's own submodules under their own names, so that the graphs'
-constants carry the names of the checkpoint's tensors. What is written here is what the cache
-changes: where K and V are stored, what a query may see, and which row of logits is wanted.
+Both run on the Hugging Face checkpoint's own submodules under their own names, so that the graphs'
+constants carry the names of the checkpoint's tensors.
 
 State lives in tensors that both graphs mutate, so a step needs nothing from the host:
 
-    token     (1, 1) int64     the newest token, not in the cache yet
-    position  (1,) int64       how many tokens the cache holds = the slot that `token` goes to
-    bias      (1, slots)       0 where a slot may be seen, -inf elsewhere; kept, not rebuilt
+    token     (1, 1) int64  the newest token, not in the cache yet
+    position  (1,) int64    how many tokens the cache holds = the slot that `token` goes to
     rope      (2, slots, head_dim)  cosines and signed sines: `kv_cache.rope_table`; only read
-    k_cache, v_cache  (layers, 1, kv_heads, slots, head_dim)
+    tables    K and V of each layer, (rows, kv_heads * head_dim): `CacheShape.make_tables`
 
 Why padding and stale slots leave no trace: prefill is causal and padded on the right, so no true
-token sees a pad, and it sets `bias` anew; decode overwrites slot `position` before it looks, and
-sees slots <= `position` only.
+token sees a pad; decode overwrites slot `position` before it looks, and sees slots <= `position`
+only.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotinductor.bounds import Bounds
-from aotinductor.kv_cache import CacheShape
+from aotinductor.kv_cache import BLOCK_ROWS, CacheShape
+from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
 # Frequencies of these depend on the length of the running sequence, which a graph cannot hold.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
+ARGMAX_PARTS = 256
+# A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
+# places in each layer where several threads would wait for each other. random:tiny, 12 MB, beside
+# other work: 1 to 73 ms a token with two threads, 0.7 to 2.4 with one.
+ONE_THREAD_BYTES = 64 * 2**20
 
 
 class _CachedLlama(nn.Module):
@@ -43,76 +47,120 @@ class _CachedLlama(nn.Module):
         self.model = causal_lm.model
         self.lm_head = causal_lm.lm_head
 
-    def layer(self, layer, hidden, rotation, attend):
-        """One decoder layer. `attend(q, k, v)` stores k and v and returns what the queries see."""
+
+class PrefillGraph(_CachedLlama):
+    """forward(input_ids, token, position, rope, *tables) -> logits (1, vocab).
+
+    input_ids (1, padded), padded on the right with any id; position holds the true length. Writes
+    the first `padded` rows of the tables, and the greedy choice to `token`. The logits are those of
+    the last true token.
+    """
+
+    def forward(self, input_ids, token, position, rope, *tables):
+        hidden = self.model.embed_tokens(input_ids)  # (1, padded, width)
+        rotation = rope[:, : input_ids.shape[1]]
+        for layer, keys, values in by_layer(self.model.layers, tables):
+            hidden = self.layer(layer, hidden, rotation, keys, values)
+        last = hidden.index_select(1, position - 1)  # (1, 1, width)
+        logits = self.lm_head(self.model.norm(last))[:, 0]
+        token.copy_(first_argmax(logits))
+        return logits
+
+    def layer(self, layer, hidden, rotation, keys, values):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         q = rotate(split_heads(attention.q_proj(normed), attention.head_dim), rotation)
         k = rotate(split_heads(attention.k_proj(normed), attention.head_dim), rotation)
-        v = split_heads(attention.v_proj(normed), attention.head_dim)
-        seen = attend(q, k, v)  # (1, heads, seq, head_dim)
+        v = attention.v_proj(normed)  # (1, padded, kv_heads * head_dim)
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        keys.index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
+        values.index_copy_(0, places, v[0])
+        # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
+        seen = causal_attention(q, k, split_heads(v, attention.head_dim), attention.scaling)
         hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    def pick(self, hidden: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """Put the greedy choice into `token`; return logits (1, vocab) for hidden (1, 1, width)."""
-        logits = self.lm_head(self.model.norm(hidden))[:, 0]
-        token.copy_(logits.argmax(dim=-1, keepdim=True))
-        return logits
-
-
-class PrefillGraph(_CachedLlama):
-    """forward(input_ids, token, position, bias, rope, k_cache, v_cache) -> logits (1, vocab).
-
-    input_ids (1, padded), padded on the right with any id; position holds the true length. Writes
-    token, bias and the caches. The logits are those of the last true token.
-    """
-
-    def forward(self, input_ids, token, position, bias, rope, k_cache, v_cache):
-        padded = input_ids.shape[1]
-        hidden = self.model.embed_tokens(input_ids)  # (1, padded, width)
-        rotation = rope[:, :padded]
-        places = torch.arange(padded, device=input_ids.device)
-        seen = torch.arange(bias.shape[1], device=bias.device) < position  # (slots,)
-        bias.copy_(torch.where(seen, 0.0, float("-inf"))[None])
-
-        for index, layer in enumerate(self.model.layers):
-
-            def attend(q, k, v, index=index, scale=layer.self_attn.scaling):
-                store(k_cache, index, places, k)
-                store(v_cache, index, places, v)
-                # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
-                return causal_attention(q, k, v, scale)
-
-            hidden = self.layer(layer, hidden, rotation, attend)
-        return self.pick(hidden.index_select(1, position - 1), token)
-
 
 class DecodeGraph(_CachedLlama):
-    """forward(token, position, bias, rope, k_cache, v_cache) -> logits (1, vocab); advances all."""
+    """forward(token, position, rope, *tables) -> logits (1, vocab); advances token and position.
 
-    def __init__(self, causal_lm: nn.Module, splits: int = 1):
+    Every product has one row and is written as a sum (`products`): Inductor makes each of them one
+    kernel that reads the weights once, and takes the norm before and the residual after it along.
+    A library's product could not, and would be chosen by tuning.
+    """
+
+    def __init__(self, causal_lm: nn.Module):
         super().__init__(causal_lm)
-        self.splits = splits
+        self.attend = choose_attention(causal_lm)
 
-    def forward(self, token, position, bias, rope, k_cache, v_cache):
-        hidden = self.model.embed_tokens(token)  # (1, 1, width)
-        rotation = rope[:, position]  # (2, 1, head_dim)
-        bias.index_fill_(1, position, 0)
-
-        for index, layer in enumerate(self.model.layers):
-
-            def attend(q, k, v, index=index, scale=layer.self_attn.scaling):
-                keys = store(k_cache, index, position, k)
-                values = store(v_cache, index, position, v)
-                if self.splits > 1:
-                    return split_attention(q, keys, values, bias, scale, self.splits)
-                return grouped_attention(q, keys, values, bias, scale)
-
-            hidden = self.layer(layer, hidden, rotation, attend)
-        logits = self.pick(hidden, token)
+    def forward(self, token, position, rope, *tables):
+        hidden = self.model.embed_tokens(token)[0, 0]  # (width,)
+        for layer, keys, values in by_layer(self.model.layers, tables):
+            hidden = self.layer(layer, hidden, position, rope, keys, values)
+        (logits,) = products(hidden, [self.lm_head], norm=self.model.norm)
+        logits = materialized(logits)[None]
+        token.copy_(first_argmax(logits))
         position.add_(1)
         return logits
+
+    def layer(self, layer, hidden, position, rope, keys, values):
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        q, k, v = products(hidden, projections, norm=layer.input_layernorm)
+        seen = self.attend(q, k, v, keys, values, position, rope, attention.scaling)
+        (added,) = products(materialized(seen), [attention.o_proj])
+        hidden = materialized(hidden + added)
+        wide = products(hidden, [mlp.gate_proj, mlp.up_proj], norm=layer.post_attention_layernorm)
+        gate, up = wide
+        (added,) = products(materialized(mlp.act_fn(gate) * up), [mlp.down_proj])
+        return materialized(hidden + added)
+
+
+def by_layer(layers, tables):
+    """Yield (layer, keys, values); tables hold K and V of each layer in turn."""
+    return zip(layers, tables[::2], tables[1::2], strict=True)
+
+
+def products(x: torch.Tensor, linears, norm: nn.Module | None = None) -> list[torch.Tensor]:
+    """Return each linear of x (width,), after its RMS norm if one is given: (rows,) of x's dtype.
+
+    Summed in float32 and rounded once.
+    """
+    row = x.float()
+    scaled = row if norm is None else row * norm.weight.float()
+    outputs = []
+    for linear in linears:
+        weight = linear.weight  # (rows, width)
+        out = (weight.float() * scaled).sum(-1)
+        if norm is not None:
+            # Squared once for each row of the weight: the same shape of sum as the product, so that
+            # one kernel does both. The row is small; a launch of its own costs more.
+            mean_square = row.expand(weight.shape).square().mean(-1)
+            out = out * torch.rsqrt(mean_square + norm.variance_epsilon)
+        if linear.bias is not None:
+            out = out + linear.bias.float()
+        outputs.append(out.to(x.dtype))
+    return outputs
+
+
+def materialized(x: torch.Tensor) -> torch.Tensor:
+    """Return a fresh tensor x as one that Inductor writes to memory.
+
+    It would rather compute it again in each row of the product that reads it. (`as_strided` needs
+    storage to stride over; it looks through views, so x must not be a part of another tensor.)
+    """
+    return torch.as_strided(x, x.shape, x.stride())
+
+
+def first_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the index (1, 1) of the largest of logits (1, vocab), the first one of equals.
+
+    In two steps: one for each part of the logits, and one for the parts.
+    """
+    padded = F.pad(logits, (0, -logits.shape[1] % ARGMAX_PARTS), value=float("-inf"))
+    best, where = padded.view(ARGMAX_PARTS, -1).max(-1)
+    part = best.argmax(0, keepdim=True)
+    return (where[part] + part * (padded.shape[1] // ARGMAX_PARTS))[None]
 
 
 def split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -121,7 +169,7 @@ def split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Apply rotary embeddings (2, seq, head_dim) to x (1, heads, seq, head_dim).
+    """Apply rotary embeddings (2, seq, head_dim) to x (..., seq, head_dim).
 
     Hugging Face's x * cos + cat(-x2, x1) * sin, with the minus in the table: the same roundings,
     and a flip where a concatenation would be a kernel of its own.
@@ -131,56 +179,75 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return x * cos + swapped * signed_sin
 
 
-def store(cache: torch.Tensor, layer: int, places: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Write new (1, kv_heads, seq, head_dim) to slots `places` (seq,) of a layer; return the layer.
-
-    Written as one indexed write into the whole cache: through a view of the layer, Inductor copies
-    the layer's slots, or the whole cache, before it writes (seen on torch 2.9.1 and 2.13).
-    """
-    kv_heads, slots, head_dim = cache.shape[2:]
-    heads = torch.arange(layer * kv_heads, (layer + 1) * kv_heads, device=cache.device)
-    rows = heads[:, None] * slots + places  # (kv_heads, seq), rows of the cache seen as one table
-    cache.view(-1, head_dim).index_put_((rows,), new[0])
-    return cache[layer]
-
-
 def causal_attention(q, k, v, scale):
-    """Attention of a prompt to itself; the flash kernels of CUDA and CPU share KV heads themselves.
+    """Attention of a prompt to itself: (1, heads, seq, head_dim), KV heads shared by the kernel.
 
-    (float32 on CUDA has no flash kernel and repeats them. An expanded view of K and V does not
-    help: Inductor materialises it for SDPA.)
+    On CUDA always flash, where there is a flash kernel. Left the choice, torch 2.11 and later
+    prefer cuDNN on Hopper, which makes a plan for every new length (23 to 37 ms) and is known for
+    wrong results (pytorch #193893, #169849). The choice is made while the graph is lowered, so a
+    context manager here would have no effect: the operator is called by its name.
     """
+    if has_flash_kernel(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, is_causal=True, scale=scale
+        )[0]
+    # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
+    # materialises it for SDPA.)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
-def grouped_attention(q, keys, values, bias, scale):
-    """One query against all slots. A group's query heads are SDPA's rows: one read of K and V."""
-    kv_heads = keys.shape[1]
-    rows = q[:, :, 0].unflatten(1, (kv_heads, -1))  # (1, kv_heads, group, head_dim)
-    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
-    return out.flatten(1, 2)[:, :, None]
+def has_flash_kernel(q: torch.Tensor) -> bool:
+    """Whether CUDA has a flash kernel for q (1, heads, seq, head_dim) on the device at hand."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
-def split_attention(q, keys, values, bias, scale, splits):
-    """As `grouped_attention`, with the slots cut into `splits` parts that a GPU works on at once.
+def choose_attention(causal_lm: nn.Module):
+    """Return decode's attention, the one thing in which CUDA and CPU differ."""
+    if causal_lm.device.type == "cuda":
+        from aotinductor import decode_kernel  # needs Triton, which torch for CPUs comes without
 
-    One query gives a GPU kv_heads blocks of work, 8 for 132 processors. With splits it is
-    kv_heads * splits; each part is normalised by its own maximum, and joined by it in float32.
+        if decode_kernel.supports(causal_lm.model.layers[0].self_attn.head_dim):
+            return kernel_attention
+    return plain_attention
+
+
+def kernel_attention(q, k, v, keys, values, position, rope, scale):
+    """As `plain_attention`, by a kernel that reads no slot beyond `position`."""
+    from aotinductor import decode_kernel
+
+    parts, lse = decode_kernel.attend(q, k, v, keys, values, position, rope, scale)
+    return decode_kernel.join(parts, lse).flatten().to(q.dtype)
+
+
+def plain_attention(q, k, v, keys, values, position, rope, scale):
+    """Rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
+
+    q (heads * head_dim,), k and v (kv_heads * head_dim,). Reads every row of keys and values.
     """
-    kv_heads, slots, head_dim = keys.shape[1:]
-    parts = (kv_heads, splits, slots // splits, head_dim)
-    k, v = keys[0].view(parts), values[0].view(parts)
-    rows = q[0, :, 0].unflatten(0, (kv_heads, 1, -1))  # (kv_heads, 1, group, head_dim)
-    scores = (rows @ k.transpose(-1, -2)).float() * scale  # (kv_heads, splits, group, part)
-    scores = scores + bias.view(splits, 1, -1)
-    # Finite, so that a part that is hidden altogether gets weight 0 and not NaN.
-    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    weights = (scores - peak).exp()
-    share = (peak - peak.amax(1, keepdim=True)).exp()  # (kv_heads, splits, group, 1)
-    out = (weights.to(v.dtype) @ v).float()  # (kv_heads, splits, group, head_dim)
-    total = (weights.sum(-1, keepdim=True) * share).sum(1)
-    return ((out * share).sum(1) / total).to(q.dtype).flatten(0, 1)[None, :, None]
+    rows, head_dim = keys.shape[0], rope.shape[2]
+    rotation = rope[:, position]  # (2, 1, head_dim)
+    q = rotate(q.view(-1, head_dim), rotation)  # (heads, head_dim)
+    k = rotate(k.view(-1, head_dim), rotation)  # (kv_heads, head_dim)
+    keys.index_copy_(0, position, k.flatten()[None])
+    values.index_copy_(0, position, v[None])
+
+    kv_heads = k.shape[0]
+    grouped = (rows, kv_heads, head_dim)
+    all_keys = keys.view(grouped).transpose(0, 1).float()  # (kv_heads, rows, head_dim)
+    all_values = values.view(grouped).transpose(0, 1).float()
+    group = materialized(q.view(kv_heads, -1, head_dim)).float()  # (kv_heads, group, head_dim)
+    hidden = torch.arange(rows, device=keys.device) > position
+    scores = (all_keys[:, None] * group[:, :, None]).sum(-1) * scale  # (kv_heads, group, rows)
+    weights = materialized(scores.masked_fill(hidden, float("-inf")).softmax(-1))
+    seen = (all_values[:, None] * weights[..., None]).sum(2)  # (kv_heads, group, head_dim)
+    return seen.flatten().to(q.dtype)
 
 
 def export_prefill(
@@ -194,43 +261,49 @@ def export_prefill(
     length, length_dim = bounds.example_and_dim(example_seq_len)
     state[1].fill_(length)
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
-    shapes = (length_dim, None, None, None, None, None, None)
+    shapes = (length_dim, None, None, None, (None,) * (2 * cache.layers))
     with torch.no_grad():
         return torch.export.export(PrefillGraph(causal_lm), (ids, *state), dynamic_shapes=shapes)
 
 
-def export_decode(causal_lm, cache: CacheShape, splits: int = 1) -> torch.export.ExportedProgram:
-    """Export decode, all shapes static. `splits` must divide cache.slots; see `split_attention`."""
-    if cache.slots % splits:
-        raise ValueError(f"{splits} splits do not divide the {cache.slots} slots of the cache")
-    with torch.no_grad():
-        return torch.export.export(
-            DecodeGraph(causal_lm, splits), tuple(example_state(causal_lm, cache))
-        )
+def export_decode(causal_lm, cache: CacheShape) -> torch.export.ExportedProgram:
+    """Export decode: over any number of blocks of the tables on a CPU, over whole ones on CUDA.
 
-
-def default_splits(device: str, cache: CacheShape) -> int:
-    """Return how many parts decode's attention is cut into: of 128 slots each on CUDA, none on CPU.
-
-    128 slots x 8 KV heads of 2048 slots are 128 blocks of work, about one for each processor of an
-    H100 or H200. Chosen by arithmetic, not measured.
+    There one captured graph serves every length, and its kernel ends at the position by itself.
     """
-    return max(1, cache.slots // 128) if device == "cuda" and cache.slots % 128 == 0 else 1
+    token, position, rope, *tables = example_state(causal_lm, cache)
+    blocks = cache.rows // BLOCK_ROWS
+    shape = None
+    if causal_lm.device.type == "cpu" and blocks > 1:
+        shape = {0: BLOCK_ROWS * torch.export.Dim("blocks", min=1, max=blocks)}
+        # an example of one block would be taken for a constant
+        tables = [table[: 2 * BLOCK_ROWS] for table in tables]
+    shapes = (None, None, None, (shape,) * len(tables))
+    state = (token, position, rope, *tables)
+    with torch.no_grad():
+        return torch.export.export(DecodeGraph(causal_lm), state, dynamic_shapes=shapes)
+
+
+def decode_options(causal_lm) -> dict[str, object]:
+    """Return the Inductor options that decode needs beside those of all graphs."""
+    if causal_lm.device.type == "cuda":
+        # q, k and v have different numbers of rows: only a combined kernel launches them as one
+        return {"combo_kernels": True}
+    weights_bytes = sum(weight.nbytes for weight in causal_lm.parameters())
+    # A thread that waits for another one spins, and on a machine with other work waits long.
+    if weights_bytes < ONE_THREAD_BYTES:
+        return {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    return {}
 
 
 def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:
-    """Return [token, position, bias, rope, k_cache, v_cache]: zeros, as the model's tensors."""
+    """Return [token, position, rope, *tables]: zeros, as the model's tensors."""
     device, dtype = causal_lm.device, causal_lm.dtype
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    position = torch.zeros(1, dtype=torch.int64, device=device)
-    rope = torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device)
-    bias = torch.zeros((1, cache.slots), dtype=dtype, device=device)
     return [
-        token,
-        position,
-        bias,
-        rope,
-        *(torch.zeros(cache.size, dtype=dtype, device=device) for _ in "kv"),
+        torch.zeros(1, 1, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device),
+        *cache.make_tables(dtype, device),
     ]
 
 

@@ -1,46 +1,56 @@
-"""From the package on disk into this process: torch alone, no compiler and no transformers."""
+"""From the package on disk to an engine that generates: torch alone, no compiler.
 
-from collections.abc import Callable
+The weights travel while the package is opened, its graphs are warmed up, and decode is captured:
+all of it over tensors that have their places, and zeros in them, until the bytes arrive.
+"""
+
+import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from aotinductor import package_loader
+import torch
+
+from aotinductor.base import BaseGenerator, Step
 from aotinductor.flags import APPROACH
-from aotinductor.recipe import Plan, find_differences
-from common.artifacts import ArtifactPair, open_verified
-from common.console import Console
-from common.errors import (
-    ArtifactDamagedError,
-    ArtifactMismatchError,
-    EnvironmentProblemError,
+from aotinductor.kv_cache import CacheShape, rope_table
+from aotinductor.kv_generation import Generator
+from aotinductor.lengths import Plan
+from aotinductor.package import (
+    Constant,
+    Model,
+    check_layout,
+    find_in_checkpoint,
+    find_in_package,
+    make_values,
+    open_model,
 )
-from common.manifest import Manifest, describe, differences
-from common.results import gpu_environment
-from common.targets import Target
+from aotinductor.recipe import find_differences
+from common.artifacts import ArtifactPair, open_verified
+from common.cli import Console
+from common.errors import ArtifactDamagedError, ArtifactMismatchError, EnvironmentProblemError
+from common.manifest import Manifest, describe, differences, raise_if_different
+from common.report import gpu_environment
+from common.stopwatch import Stages
+from common.target import Target, synchronize
 from common.trust import TrustFlags
+from common.weights import Upload, list_checkpoint, start_upload
 
-if TYPE_CHECKING:
-    import torch
-
-    from aotinductor.base_generation import Prompt, Step
-    from aotinductor.kv_generation import Generator
-    from common.measures import Request
-    from common.stopwatch import Stages
-
-    Serve = Callable[[Prompt], tuple[Request, list[int]]]
+Engine = BaseGenerator | Generator
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A package ready to be called."""
+    """A package ready to generate."""
 
     manifest: Manifest
+    name: str
     verify_seconds: float
-    engine: "Step | Generator"
+    engine: Engine
     weights_of: str
 
     def as_json(self) -> dict:
         return {
+            "name": self.name,
             "sha256": self.manifest.file["sha256"],
             "bytes": self.manifest.file["bytes"],
             "verify_seconds": self.verify_seconds,
@@ -51,63 +61,111 @@ class Loaded:
 
 def load_package(
     pair: ArtifactPair, target: Target, plan: Plan, trust: TrustFlags, cuda_graph: bool,
-    stages: "Stages", console: Console,
+    warm_up_tokens: int, stages: Stages, console: Console,
 ) -> Loaded:  # fmt: skip
-    """Check the package against this run, then load it; any doubt is an error of its own kind."""
+    """Check the package against this run, then load it; any doubt is an error of its own kind.
+
+    On a GPU each graph is warmed up, prefill at the padded length `warm_up_tokens`.
+    """
     with open_verified(pair, APPROACH, trust, console) as verified:
         manifest = verified.manifest
-        if found := find_differences(manifest, target):
-            raise ArtifactMismatchError(
-                f"{pair.path} was built for something else: {describe(found)}; "
-                "rebuild it with ./build.sh and the same flags, or run with the build's"
-            )
+        raise_if_different(pair.path, find_differences(manifest, target))
         for difference in differences(manifest.environment, gpu_environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
         if manifest.recipe != plan.built:
             raise ArtifactMismatchError(f"{pair.path} was replaced since this start: try again")
-        stages.close("verification")
         try:
-            # unpacked and opened here: afterwards the file is not needed any more
-            package_loader.check_layout(verified.file, manifest.details["graphs"])
-            engine = _open(verified.path_for_loader, manifest, target, cuda_graph, stages)
+            check_layout(verified.file, manifest.details["graphs"])
+            # the file is open in here and in the mappings made here: no name of it is needed later
+            path = Path(verified.path_for_loader)
+            engine = _load(path, manifest, target, cuda_graph, warm_up_tokens, stages)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise _describe_failure(pair, error) from error
-    model = target.checkpoint if not manifest.recipe["embed_weights"] else None
-    weights_of = model.model_id if model else f"{manifest.model['id']} (in the package)"
-    console.say(f"on the weights of {weights_of}")
-    return Loaded(manifest, verified.verify_seconds, engine, weights_of)
+    embedded = manifest.recipe["embed_weights"]
+    built_from = f"{manifest.model['id']} (in the package)"
+    weights_of = built_from if embedded else target.checkpoint.model_id
+    return Loaded(manifest, pair.path.name, verified.verify_seconds, engine, weights_of)
 
 
-def _open(
-    path: str, manifest: Manifest, target: Target, cuda_graph: bool, stages: "Stages"
-) -> "Step | Generator":
-    """Return what the package at `path` holds, on its weights."""
-    if manifest.recipe["kv_cache"]:
-        from aotinductor.kv_loading import open_generator
-
-        return open_generator(path, manifest, target, cuda_graph, stages)
-    model = package_loader.open_model(path, "model", package_loader.device_index(target.device))
-    stages.close("package")
-    if not manifest.recipe["embed_weights"]:
-        from aotinductor.binding import load_constants
-
-        package_loader.bind_constants(model, load_constants(manifest, target))
-        stages.close("weights")
-    return base_step(model)
-
-
-def server_of(engine: "Step | Generator", device: "torch.device") -> "Serve":
-    """Return the function that serves a request from a base step or from a generator."""
-    from aotinductor import base_generation, kv_generation
-
-    if isinstance(engine, kv_generation.Generator):
-        return lambda prompt: kv_generation.serve(engine, prompt)
-    return lambda prompt: base_generation.serve(engine, prompt, device)
+def _load(
+    path: Path, manifest: Manifest, target: Target, cuda_graph: bool, warm_up_tokens: int,
+    stages: Stages,
+) -> Engine:  # fmt: skip
+    details, device = manifest.details, target.device
+    if manifest.recipe["kv_cache"] != ("cache" in details):
+        raise ValueError("its metadata's recipe and details are of different graphs")
+    constants = [Constant.from_json(row) for row in details["constants"]]
+    upload = _start_upload(path, constants, manifest, target)
+    clock = threading.Thread(target=_time_upload, args=(upload, stages))
+    clock.start()
+    tensors = upload.tensors | make_values(constants, device)
+    models = [open_model(path, name, device, tensors) for name in details["graphs"]]
+    stages.close("artifact")
+    engine = make_engine(models, details, target.dtype, device)
+    if device.type == "cuda":
+        warm_up(engine, warm_up_tokens, cuda_graph)
+        synchronize(device)
+        stages.close("capture")
+    upload.wait()
+    clock.join()
+    stages.close("weights")
+    return engine
 
 
-def base_step(model: package_loader.Model) -> "Step":
+def _start_upload(
+    path: Path, constants: list[Constant], manifest: Manifest, target: Target
+) -> Upload:
+    if manifest.recipe["embed_weights"]:
+        return start_upload(find_in_package(constants, path), target.device)
+    folder = target.checkpoint.folder
+    # only a build that converted the weights asks for a conversion again
+    dtype = target.dtype if manifest.recipe["cast_weights"] else None
+    try:
+        stored = find_in_checkpoint(constants, list_checkpoint(folder), dtype)
+    except (ValueError, FileNotFoundError) as error:
+        raise ArtifactMismatchError(f"{folder}: {error}") from error
+    return start_upload(stored, target.device, dtype)
+
+
+def _time_upload(upload: Upload, stages: Stages) -> None:
+    """Book how long the weights travel, most of it behind other stages."""
+    with stages.behind("weights"):
+        for thread in upload.threads:
+            thread.join()
+
+
+def make_engine(
+    models: list[Model], details: dict, dtype: torch.dtype, device: torch.device
+) -> Engine:
+    """Return what generates with the models of a package whose metadata has these details."""
+    if "cache" not in details:
+        (model,) = models
+        return BaseGenerator(base_step(model), device)
+    cache = CacheShape(**details["cache"])
+    table = rope_table(**details["rope"], slots=cache.slots, dtype=dtype, device=device)
+    prefill, decode = models
+    return Generator(prefill, decode, cache, table)
+
+
+def base_step(model: Model) -> Step:
     """Return a base package's model as a function: ids and mask -> logits."""
     return lambda input_ids, attention_mask: model.run([input_ids, attention_mask])[0]
+
+
+@torch.no_grad()
+def warm_up(engine: Engine, tokens: int, cuda_graph: bool) -> None:
+    """Run what a request will run, so that kernels and libraries are there; leave no trace of it.
+
+    `tokens` is the length of a padded prompt.
+    """
+    if isinstance(engine, BaseGenerator):
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device=engine.device)
+        engine.step(ids, torch.ones_like(ids))
+        return
+    engine.prefill([0] * tokens, tokens)
+    if cuda_graph:
+        engine.capture()
+    engine.reset()
 
 
 def _describe_failure(pair: ArtifactPair, error: Exception) -> Exception:

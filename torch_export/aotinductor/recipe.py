@@ -1,91 +1,38 @@
 """What a package was built for, and whether this run is that."""
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
-from aotinductor.bounds import (
-    Bounds,
-    check_kv_request,
-    check_request,
-    override,
-    parse_bounds,
-)
-from aotinductor.fingerprint import weights_fingerprint
-from aotinductor.flags import APPROACH, ExpectedShapeFlags, GraphFlags, PackageFileFlags
-from common.artifacts import ArtifactPair, peek_manifest
-from common.errors import ArtifactMismatchError
-from common.manifest import Difference, Manifest, describe, differences
-from common.targets import Target
-from common.versions import package_version
+import torch
+
+from aotinductor.flags import BuildSettings
+from aotinductor.host_code import instruction_set
+from aotinductor.lengths import Bounds
+from common.manifest import Difference, Manifest, differences
+from common.report import package_version
+from common.target import Target
 from common.weights import list_checkpoint
-
-if TYPE_CHECKING:
-    import torch
 
 # its code calls into torch's libraries, and its kernels are machine code for one architecture
 _ENVIRONMENT_FIELDS = ("torch", "cuda", "compute_capability")
 _MODEL_FIELDS = ("config_digest", "dtype")
 _RECIPE_FIELDS = ("weights_fingerprint", "batch_size", "device", "cpu_capability")
+_SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How this run serves a request: within which lengths, and as which package was built.
-
-    `built` is the recipe of the package at hand, {} when there is none.
-    """
-
-    bounds: Bounds
-    built: dict[str, Any]
-
-    @property
-    def slots(self) -> int | None:
-        """Return the KV cache's slots, or None for the base graph."""
-        return self.built.get("max_cache_len") if self.built.get("kv_cache") else None
-
-    def check_request(self, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool) -> None:
-        """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
-        if self.slots is None:
-            check_request(self.bounds, prompt_tokens, max_new_tokens)
-        else:
-            check_kv_request(self.bounds, self.slots, prompt_tokens, max_new_tokens, bucket_pad)
-
-
-def recipe(
-    target: Target, bounds: Bounds, example_seq_len: int, graph: GraphFlags, slots: int | None,
-    max_autotune: bool,
-) -> dict:  # fmt: skip
+def make_recipe(settings: BuildSettings, target: Target, bounds: Bounds) -> dict[str, Any]:
     """Return every setting that shapes the package."""
     return {
         **_fixed_recipe(target),
         **bounds.as_json(),
-        "example_seq_len": example_seq_len,
-        "kv_cache": graph.kv_cache,
-        "max_cache_len": slots,
-        "max_autotune": max_autotune,
-        "embed_weights": graph.weights_embedded,
+        "example_seq_len": settings.shape.example_seq_len,
+        "kv_cache": settings.graph.kv_cache,
+        "max_cache_len": settings.graph.slots(settings.shape),
+        "max_autotune": settings.compilation.max_autotune,
+        "embed_weights": settings.graph.weights_embedded,
         "cast_weights": _converts_weights(target),
-    }
-
-
-def _converts_weights(target: Target) -> bool:
-    """Return whether the checkpoint's own dtype is another than the one asked for."""
-    stored = list_checkpoint(target.checkpoint.folder).values()
-    return any(one.dtype != target.dtype for one in stored if one.dtype.is_floating_point)
-
-
-def _fixed_recipe(target: Target) -> dict[str, Any]:
-    """Return the settings that a run has no flag for."""
-    import torch
-
-    return {
-        "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
-        "batch_size": 1,
-        "device": target.device.type,
-        # the compiler writes for this machine's vector instructions: elsewhere they may not exist
-        "cpu_capability": torch.backends.cpu.get_cpu_capability()
-        if target.device.type == "cpu"
-        else None,
     }
 
 
@@ -98,17 +45,52 @@ def find_differences(manifest: Manifest, target: Target) -> list[Difference]:
     if not manifest.recipe.get("embed_weights") or found_recipe["weights_fingerprint"] is None:
         fields.remove("weights_fingerprint")
     return (
-        differences(manifest.environment, _environment(target.device), _ENVIRONMENT_FIELDS)
+        differences(manifest.environment, _environment(), _ENVIRONMENT_FIELDS)
         + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
         + differences(manifest.recipe, found_recipe, fields)
     )
 
 
-def _environment(device: "torch.device") -> dict[str, Any]:
-    """Return what must be equal, without the driver and the commit, which cost a process each."""
-    import torch
+def weights_fingerprint(folder: Path) -> str | None:
+    """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
 
-    # as common.results.environment() says it: of the machine's GPU, whatever --device is
+    A package carries the weights it was built from, and fine-tunes of one model share its
+    configuration: without this, `--model-id OTHER` would answer with the wrong model's weights. It
+    takes milliseconds, and is the same however the tensors are cut into files.
+    """
+    try:
+        tensors = list_checkpoint(folder)
+    except FileNotFoundError:  # configuration and tokenizer only
+        return None
+    digests = {}
+    for name, stored in tensors.items():
+        with open(stored.path, "rb") as file:
+            file.seek(stored.begin)
+            sample = file.read(min(_SAMPLE_BYTES, stored.nbytes))
+        digests[name] = hashlib.sha256(f"{stored.dtype} {stored.shape}".encode() + sample)
+    text = json.dumps({name: digests[name].hexdigest() for name in sorted(digests)})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _converts_weights(target: Target) -> bool:
+    """Return whether the checkpoint's own dtype is another than the one asked for."""
+    stored = list_checkpoint(target.checkpoint.folder).values()
+    return any(one.dtype != target.dtype for one in stored if one.dtype.is_floating_point)
+
+
+def _fixed_recipe(target: Target) -> dict[str, Any]:
+    """Return the settings that a run has no flag for."""
+    return {
+        "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
+        "batch_size": 1,
+        "device": target.device.type,
+        "cpu_capability": instruction_set(target.device),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """Return what must be equal, without the driver and the commit, which cost a process each."""
+    # as common.report.environment() says it: of the machine's GPU, whatever --device is
     seen = torch.cuda.is_available()
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if seen else None
     return {
@@ -116,26 +98,3 @@ def _environment(device: "torch.device") -> dict[str, Any]:
         "cuda": torch.version.cuda if seen else None,
         "compute_capability": capability,
     }
-
-
-def find_plan(files: PackageFileFlags, expected: ExpectedShapeFlags, loading: bool) -> Plan:
-    """Return the sequence lengths of this run, and the recipe of the package at hand.
-
-    Lengths only choose the padding, so unlike the package itself they need no trust. Flags that
-    disagree with the metadata are an error, or, for a graph compiled at runtime, win.
-    """
-    built = _read_recipe(files.pair())
-    given = {name: value for name, value in asdict(expected).items() if value is not None}
-    found = differences(built, given, given) if built else []
-    if found and loading:
-        raise ArtifactMismatchError(
-            f"{files.package_path} was built for something else: {describe(found)}; "
-            "rebuild it with ./build.sh and the same flags, or run with the build's"
-        )
-    return Plan(override(expected) if found or not built else parse_bounds(built), built)
-
-
-def _read_recipe(pair: ArtifactPair) -> dict[str, Any]:
-    """Return the recipe in the metadata at hand, or {} when there is none to be read."""
-    manifest = peek_manifest(pair)
-    return manifest.recipe if manifest and manifest.approach == APPROACH else {}

@@ -1,6 +1,7 @@
-"""What a start without a package does instead: compile the same graphs in this process."""
+"""What a start without a package does instead: eager, or the same graphs compiled right here."""
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,17 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from aotinductor import kv_graphs
-from aotinductor.base_generation import Step
-from aotinductor.base_graph import BaseGraph, export_base_graph
-from aotinductor.base_package import MODEL, compile_base_package
+from aotinductor.base import BaseGraph
+from aotinductor.compile_package import compile_base_package, compile_kv_package
 from aotinductor.flags import ShapeFlags
 from aotinductor.kv_cache import CacheShape
-from aotinductor.kv_generation import Generator
-from aotinductor.kv_loading import make_generator
-from aotinductor.kv_package import compile_kv_package, open_fresh_package
-from aotinductor.loading import base_step
-from aotinductor.recipe import Plan
-from aotinductor.verification import open_fresh_model
+from aotinductor.lengths import Plan
+from aotinductor.loading import Engine, make_engine
+from aotinductor.package import Constant, find_in_package, make_values, open_model
+from common.flags import SamplingFlags
+from common.serve import TokenStreamer
+from common.weights import start_upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,24 +36,36 @@ class RuntimeCompiler:
     max_autotune: bool
     cuda_graph: bool
 
-    def compile(self, model: "PreTrainedModel", plan: Plan) -> Step | Generator:
+    def compile(self, model: "PreTrainedModel", plan: Plan) -> Engine:
         """Return what a package would hold; with torch.compile its first call compiles."""
-        if plan.slots is None:
-            return (
-                self._export_base(model, plan) if self.export else self._compile_base(model, plan)
-            )
-        generator = self._export_kv(model, plan) if self.export else self._compile_kv(model, plan)
+        if self.export:
+            engine = self._export(model, plan)
+        elif plan.slots is None:
+            mode = "max-autotune" if self.max_autotune else "default"
+            compiled = self._compiled(BaseGraph(model), self._dynamic(plan), mode)
+            engine = make_engine([compiled], {}, model.dtype, model.device)
+        else:
+            engine = self._compile_kv(model, plan)
         if self.cuda_graph:
-            generator.capture()
-        return generator
+            engine.capture()
+        return engine
 
-    def _compile_base(self, model: "PreTrainedModel", plan: Plan) -> Step:
-        return torch.compile(
-            BaseGraph(model),
-            fullgraph=True,
-            dynamic=self._dynamic(plan),
-            mode="max-autotune" if self.max_autotune else "default",
-        )
+    def _compile_kv(self, model: "PreTrainedModel", plan: Plan) -> Engine:
+        details = {
+            "cache": asdict(CacheShape.of(model.config, plan.slots)),
+            "rope": kv_graphs.rope_recipe(model),
+        }
+        # without Inductor's own CUDA graphs: the generator captures decode, as of a package
+        mode = "max-autotune-no-cudagraphs" if self.max_autotune else "default"
+        on_cpu = model.device.type == "cpu"  # there the length in use changes decode's shapes
+        models = [
+            self._compiled(kv_graphs.PrefillGraph(model), self._dynamic(plan), mode),
+            self._compiled(kv_graphs.DecodeGraph(model), on_cpu, mode),
+        ]
+        return make_engine(models, details, model.dtype, model.device)
+
+    def _compiled(self, module: torch.nn.Module, dynamic: bool | None, mode: str) -> "_AsModel":
+        return _AsModel(torch.compile(module, fullgraph=True, dynamic=dynamic, mode=mode))
 
     def _dynamic(self, plan: Plan) -> bool | None:
         if not plan.bounds.dynamic_seq_len:
@@ -61,35 +73,72 @@ class RuntimeCompiler:
         # None is torch's own way: static at first, dynamic from the second length on
         return True if self.one_dynamic_graph else None
 
-    def _compile_kv(self, model: "PreTrainedModel", plan: Plan) -> Generator:
-        cache = CacheShape.of(model.config, plan.slots)
-        splits = kv_graphs.default_splits(model.device.type, cache)
-        # without Inductor's own CUDA graphs: the generator captures decode, as of a package
-        mode = "max-autotune-no-cudagraphs" if self.max_autotune else "default"
-        prefill = torch.compile(
-            kv_graphs.PrefillGraph(model), fullgraph=True, dynamic=self._dynamic(plan), mode=mode
-        )
-        decode = torch.compile(
-            kv_graphs.DecodeGraph(model, splits), fullgraph=True, dynamic=False, mode=mode
-        )
-        details = {"cache": asdict(cache), "rope": kv_graphs.rope_recipe(model)}
-        graphs = [_AsModel(prefill), _AsModel(decode)]
-        return make_generator(*graphs, details, model.dtype, model.device)
-
-    def _export_base(self, model: "PreTrainedModel", plan: Plan) -> Step:
-        exported = export_base_graph(model, plan.bounds, _example(plan))
+    def _export(self, model: "PreTrainedModel", plan: Plan) -> Engine:
+        example = plan.built.get("example_seq_len", ShapeFlags.example_seq_len)
         with tempfile.TemporaryDirectory(prefix="llama-package-") as folder:
             path = Path(folder, "model.pt2")
-            details = compile_base_package(exported, path, True, self.max_autotune)
-            return base_step(open_fresh_model(path, MODEL, details, model, True))
+            if plan.slots is None:
+                details = compile_base_package(
+                    model, plan.bounds, example, path, False, self.max_autotune
+                )
+            else:
+                details = compile_kv_package(
+                    model, plan.bounds, plan.slots, example, path, False, self.max_autotune
+                )
+            return open_fresh_package(path, details, model)
 
-    def _export_kv(self, model: "PreTrainedModel", plan: Plan) -> Generator:
-        with tempfile.TemporaryDirectory(prefix="llama-package-") as folder:
-            path = Path(folder, "model.pt2")
-            details = compile_kv_package(
-                model, plan.bounds, plan.slots, _example(plan), path, False, self.max_autotune
-            )
-            return open_fresh_package(path, details, model, False)
+
+def open_fresh_package(path: Path, details: dict, model: "PreTrainedModel") -> Engine:
+    """Return an engine over a package just built: on its own weights, or else on the model's."""
+    constants = [Constant(**row) for row in details["constants"]]
+    if any(constant.offset is not None for constant in constants):
+        upload = start_upload(find_in_package(constants, path), model.device)
+        tensors = upload.wait() | make_values(constants, model.device)
+    else:
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+    models = [open_model(path, name, model.device, tensors) for name in details["graphs"]]
+    return make_engine(models, details, model.dtype, model.device)
+
+
+@dataclass(frozen=True)
+class EagerGenerator:
+    """Hugging Face `generate` as it is, without any compilation."""
+
+    model: "PreTrainedModel"
+    padding_id: int
+    sampling: SamplingFlags
+    seed: int
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids, a stop id included. `on_token` gets each one as it arrives."""
+        from transformers import GenerationConfig
+
+        ids = torch.tensor([prompt], device=self.model.device)  # (1, prompt) int64
+        flags = self.sampling
+        limits = {"temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        # every choice is set, so that none is left to the checkpoint's own defaults
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=self.padding_id,
+            do_sample=flags.temperature > 0,
+            **limits if flags.temperature else {},
+        )
+        torch.manual_seed(self.seed)
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            disable_compile=True,
+            streamer=TokenStreamer(on_token) if on_token else None,
+        )  # (1, prompt + new_tokens) int64
+        return output[0, ids.shape[1] :].tolist()
 
 
 @dataclass(frozen=True)
@@ -100,7 +149,3 @@ class _AsModel:
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [self.module(*inputs)]
-
-
-def _example(plan: Plan) -> int:
-    return plan.built.get("example_seq_len", ShapeFlags.example_seq_len)

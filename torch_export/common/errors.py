@@ -6,51 +6,64 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
-DONE, UNEXPECTED, USAGE, DAMAGED, MISMATCH, ENVIRONMENT, UNTRUSTED, INTERRUPTED = (
-    *range(7),
-    130,
-)
-
+INTERRUPTED = 130
 INTERRUPT_AGAIN_SECONDS = 5.0
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ScriptError(Exception):
     """A failure that a user can act on; `status` is the exit status of the process."""
 
-    status = UNEXPECTED
+    status = 1
 
 
 class UsageError(ScriptError):
     """The flags or the prompt ask for something that cannot be done."""
 
-    status = USAGE
+    status = 2
 
 
 class ArtifactDamagedError(ScriptError):
     """The artifact or its metadata is missing, half-written or damaged."""
 
-    status = DAMAGED
+    status = 3
 
 
 class ArtifactMismatchError(ScriptError):
     """The artifact is whole, but was built for something else."""
 
-    status = MISMATCH
+    status = 4
 
 
 class EnvironmentProblemError(ScriptError):
     """The machine lacks something: a GPU, disk, memory, access to a gated model."""
 
-    status = ENVIRONMENT
+    status = 5
 
 
 class ArtifactUntrustedError(ScriptError):
     """The artifact is code from somebody that this user has not agreed to run."""
 
-    status = UNTRUSTED
+    status = 6
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses while `path` is written into one line with its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _as_script_error(error, path) from error
+        raise EnvironmentProblemError(
+            f"cannot write {path} ({error.strerror or error}): choose a place that you can write to"
+        ) from error
 
 
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -69,17 +82,11 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         _fail(INTERRUPTED, "interrupted", argv)
     except BrokenPipeError as error:
         if not (_reader_has_gone(sys.stdout) or _reader_has_gone(sys.stderr)):
-            _fail(UNEXPECTED, f"a process that this one works with has ended: {error}", argv)
+            _fail(1, f"a process that this one works with has ended: {error}", argv)
         _drop_unwritten_output()  # `| head` is no failure
-    except ScriptError as error:
-        _fail(error.status, str(error), argv)
-    except MemoryError:
-        advice = "use a smaller model or --dtype bfloat16"
-        _fail(ENVIRONMENT, f"out of host memory, {_free_memory()} are free: {advice}", argv)
-    except OSError as error:
-        _fail(*_describe_os_error(error), argv)
-    except Exception as error:  # the boundary of the process: everything else is status 1
-        _fail(*_describe_unexpected(error), argv)
+    except Exception as error:  # the boundary of the process
+        known = _as_script_error(error)
+        _fail(known.status, str(known), argv)
 
 
 def _open_closed_streams() -> None:
@@ -110,32 +117,33 @@ def _raise_interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _describe_os_error(error: OSError) -> tuple[int, str]:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ENVIRONMENT, f"no space left to write {error.filename or 'a file'}: {error.strerror}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ENVIRONMENT, f"not permitted: {error.filename}: {error.strerror}"
-    return UNEXPECTED, f"{type(error).__name__}: {error}"
-
-
-def _describe_unexpected(error: Exception) -> tuple[int, str]:
-    # torch is not imported here: its out-of-memory error is known by its name
+def _as_script_error(error: Exception, place: object = None) -> ScriptError:
+    """Return the error as one line with a status; `place` is what was being written."""
+    if isinstance(error, ScriptError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    place = place or getattr(error, "filename", None) or "a file"
+    text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    # compilers and extensions wrap what the system told them in errors of their own, and torch,
+    # which is not imported here, names its out-of-memory error like this
+    if number in _NO_SPACE or any(os.strerror(one) in str(error) for one in _NO_SPACE):
+        return EnvironmentProblemError(
+            f"no space left to write {place}: {text}: make room or choose another path"
+        )
+    if number in _NOT_PERMITTED:
+        return EnvironmentProblemError(f"not permitted: {place}: {os.strerror(number)}")
     if type(error).__name__ == "OutOfMemoryError":
-        return ENVIRONMENT, f"out of device memory: {_first_line(error)}"
-    # compilers and extensions wrap what the system told them in errors of their own
-    if "can't allocate memory" in str(error):
-        return ENVIRONMENT, f"out of host memory, {_free_memory()} are free: {_first_line(error)}"
-    if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EFBIG) in str(error):
-        return ENVIRONMENT, f"no space left to write a file: {_first_line(error)}"
-    return UNEXPECTED, f"{type(error).__name__}: {_first_line(error)} (--debug shows where)"
+        return EnvironmentProblemError(f"out of device memory: {text}")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return EnvironmentProblemError(
+            f"out of host memory, {_free_memory()} are free ({text}): "
+            "use a smaller model or --dtype bfloat16"
+        )
+    return ScriptError(f"{type(error).__name__}: {text} (--debug shows where)")
 
 
 def _free_memory() -> str:
     return f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def _fail(status: int, message: str, argv: Sequence[str]) -> None:

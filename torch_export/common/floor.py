@@ -8,92 +8,67 @@ then measures the device's copy bandwidth, which decode is put in relation to. A
 benchmark it is the mode `floor`.
 """
 
-import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script of its own
 
-from common.cli import flag, parse_flags, to_argv
-from common.console import Console
+from common.cli import Console, config_of, parse_flags
+from common.driver import open_driver
 from common.errors import run_script
-from common.flags import SharedFlags
+from common.flags import FLOOR, SharedFlags
+from common.measures import run_metrics
+from common.report import SCHEMA, environment, write_json
+from common.stopwatch import Stages, process_start
 
 if TYPE_CHECKING:
     import torch
 
 # bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
-COPIES = 7
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class FloorFlags:
-    """floor"""
-
-    presets_folder: Path = flag(
-        Path(__file__).resolve().parent.parent / "artifacts/checkpoints", "where presets lie"
-    )
-
-
-def floor_command(shared: SharedFlags, presets_folder: Path, console: Console) -> list[str]:
-    """Return the command of one floor trial.
-
-    The model is looked up here, in the parent: a trial must not pay for asking the Hub.
-    """
-    from common.checkpoints import resolve_checkpoint
-
-    checkpoint = resolve_checkpoint(shared.model_id, presets_folder, console)
-    trial = replace(shared, model_id=str(checkpoint.folder), json=None, quiet=False)
-    return [__file__, *to_argv(trial, FloorFlags(presets_folder))]
+_COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+_COPIES = 7
 
 
 def main(argv: Sequence[str]) -> None:
-    shared, flags = parse_flags(__doc__, (SharedFlags, FloorFlags), argv)
+    (shared,) = parse_flags(__doc__, (SharedFlags,), argv)
     console = Console(shared.quiet)
-    document = run(shared, flags, console)
-    from common.results import write_json
-    from common.tables import run_table
-
+    document = run(shared, console)
     write_json(document, shared.json)
-    console.result(run_table(document))
+    seconds = document["metrics"]["ttft_cold_start_seconds"]
     rate = document["bandwidth"]["copy_bytes_per_second"]
+    console.result(f"weights on the device after {seconds:.2f} s")
     console.result(f"copy bandwidth: {rate / 1e9:.1f} GB/s (bytes read + written)")
 
 
-def run(shared: SharedFlags, flags: FloorFlags, console: Console) -> dict:
+def run(shared: SharedFlags, console: Console) -> dict:
     """Bring the bytes to the device, then measure its copy bandwidth; return the run's result."""
-    from common.results import config_of, run_header
-    from common.stopwatch import Stages, process_start
-
     stages = Stages(process_start())
+    open_driver(shared.device)
     import torch
 
-    from common.checkpoints import resolve_checkpoint
-    from common.devices import choose_device, choose_dtype, synchronize
-    from common.measures import run_metrics
+    from common.target import choose_target, synchronize
 
-    stages.close("interpreter and imports")
-    checkpoint = resolve_checkpoint(shared.model_id, flags.presets_folder, console)
-    device = choose_device(shared.device)
-    torch.empty(1, device=device)  # opens the device: CUDA makes its context here
-    synchronize(device)
+    stages.close("imports")
+    target = choose_target(shared, console)
+    torch.empty(1, device=target.device)  # opens the device: CUDA makes its context here
+    synchronize(target.device)
     stages.close("device")
-    brought_bytes = bring_weights(checkpoint.folder, device)
+    brought_bytes = bring_weights(target.checkpoint.folder, target.device)
     stages.close("weights")
     there_seconds = stages.elapsed()
-    rates = copy_rates(device)
+    rates = copy_rates(target.device)
     metrics = run_metrics([], there_seconds, stages.elapsed())
-    dtype = str(choose_dtype(shared.dtype, device)).removeprefix("torch.")
     return {
-        **run_header("floor", "floor", config_of(shared, flags)),
+        "schema": SCHEMA,
+        "kind": "run",
+        "approach": FLOOR,
+        "mode": FLOOR,
+        "environment": environment(),
+        "config": config_of(shared),
         "metrics": metrics | {"ttft_cold_start_seconds": there_seconds},
         "stages": stages.seconds,
         "requests": [],
@@ -102,64 +77,37 @@ def run(shared: SharedFlags, flags: FloorFlags, console: Console) -> dict:
         "bandwidth": {
             "copy_bytes_per_second": statistics.median(rates),
             "copies_bytes_per_second": rates,
-            "buffer_bytes": COPY_BYTES[device.type],
             "checkpoint_bytes": brought_bytes,
             "checkpoint_bytes_per_second": brought_bytes / stages.seconds["weights"],
-            **bytes_per_token(checkpoint.folder, checkpoint.config, ITEM_BYTES[dtype]),
         },
     }
 
 
 def bring_weights(folder: Path, device: "torch.device") -> int:
     """Bring the data of all safetensors files of `folder` to `device`; return its bytes."""
-    from common.weights import list_checkpoint, upload
+    from common.weights import list_checkpoint, start_upload
 
     stored = list_checkpoint(folder)
     if device.type == "cuda":
-        upload(stored, device)
+        start_upload(stored, device).wait()
     else:
         for path in {tensor.path for tensor in stored.values()}:
             path.read_bytes()
-    return sum(tensor.end - tensor.begin for tensor in stored.values())
-
-
-def bytes_per_token(folder: Path, config: dict, item_bytes: int) -> dict:
-    """Return the bytes that decoding one token must read at least, at batch size 1.
-
-    weights: every one once, except the embedding table, of which one row is looked up. A tied
-    table is read whole as the output layer. KV cache: per slot 2 (K and V) * layers * KV heads *
-    head dimension; how many slots depends on the request.
-    """
-    from common.weights import list_checkpoint
-
-    tied = config.get("tie_word_embeddings", False)
-    unread = "lm_head.weight" if tied else "model.embed_tokens.weight"
-    elements = sum(
-        math.prod(stored.shape)
-        for name, stored in list_checkpoint(folder).items()
-        if name != unread and not name.endswith("rotary_emb.inv_freq")
-    )
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return {
-        "weight_bytes_per_token": elements * item_bytes,
-        "kv_bytes_per_slot": 2 * config["num_hidden_layers"] * kv_heads * head_dim * item_bytes,
-    }
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def copy_rates(device: "torch.device") -> list[float]:
     """Return bytes read + written per second of several copies within the device's memory."""
     import torch
 
-    from common.devices import synchronize
+    from common.target import synchronize
 
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     # one copy of 1 GiB takes a GPU half a millisecond: several between two reads of the clock
     batch = 16 if device.type == "cuda" else 1
     rates = []
-    for turn in range(COPIES + 2):
+    for turn in range(_COPIES + 2):
         synchronize(device)
         began = time.perf_counter()
         for _ in range(batch):

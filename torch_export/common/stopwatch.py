@@ -31,19 +31,25 @@ def process_start() -> float:
 
 
 class Stages:
-    """Seconds per named stage of a process, in order; the rest of the wall time has no name."""
+    """Seconds per named stage of a process, in order; the rest of the wall time has no name.
+
+    `hidden` is work of other threads that went on behind the stages: not part of their sum.
+    """
 
     def __init__(self, start: float):
         self.start = start
         self.seconds: dict[str, float] = {}
+        self.hidden: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
+        with _timed(self.seconds, name):
             yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    @contextmanager
+    def behind(self, name: str) -> Iterator[None]:
+        with _timed(self.hidden, name):
+            yield
 
     def close(self, name: str) -> None:
         """Book everything since the start that no stage has claimed yet under `name`."""
@@ -59,21 +65,13 @@ class Stages:
         return time.monotonic() - self.start
 
 
-class FirstTokenClock:
-    """A `generate` streamer that notes when the first new token reached the host."""
-
-    def __init__(self):
-        self.first_token_at: float | None = None
-        self._prompt_seen = False
-
-    def put(self, value: object) -> None:
-        # generate hands over the prompt first, then each new token, copied to the host
-        if self._prompt_seen and self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
 
 
 _IMPORTED = time.monotonic()

@@ -27,6 +27,7 @@ TIMEOUT_SECONDS = 3600.0
 class Outcome:
     """How one trial ended; `document` is its run result when it wrote one."""
 
+    status: int
     wall_seconds: float
     peak_host_bytes: int
     document: dict | None
@@ -47,7 +48,7 @@ def private_compiler_caches() -> Iterator[None]:
     """
     # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
     with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
-        wanted = _cache_variables(folder) | {"TMPDIR": folder} | _user_variable()
+        wanted = _places(folder)
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
@@ -59,29 +60,16 @@ def private_compiler_caches() -> Iterator[None]:
             tempfile.tempdir = None
 
 
-def _user_variable() -> dict[str, str]:
-    """Return a user name for Inductor, which asks for one even where the user id has none."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # Python to 3.12, from 3.13 on
-        return {"USER": f"uid-{os.getuid()}"}
-    return {}
-
-
 def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     """Run a script in a fresh process, with all its temporary files in one folder of its own."""
     with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
-        environment = os.environ | _cache_variables(folder) | {"TMPDIR": folder}
-        environment |= _user_variable()
         command = [sys.executable, *script_and_flags, "--quiet", f"--json={result}"]
-        free_bytes = _available_bytes()
         with log.open("wb") as stderr:
             start = time.monotonic()
-            environment[START_VARIABLE] = repr(start)
             process = subprocess.Popen(
                 command,
-                env=environment,
+                env=os.environ | _places(folder) | {START_VARIABLE: repr(start)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -89,20 +77,26 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
             )
             status, peak_bytes, timed_out = _wait(process)
             wall_seconds = time.monotonic() - start
-        error = _describe_end(
-            status, timed_out, peak_bytes, free_bytes, log.read_text("utf-8", "replace")
-        )
+        error = _describe_end(status, timed_out, peak_bytes, log.read_text("utf-8", "replace"))
         document = json.loads(result.read_bytes()) if result.exists() else None
         if error is None and document is None:
             error = "ended with status 0 but wrote no result"
-        return Outcome(wall_seconds, peak_bytes, document, error)
+        return Outcome(status, wall_seconds, peak_bytes, document, error)
 
 
-def _cache_variables(folder: str) -> dict[str, str]:
-    return {
+def _places(folder: str) -> dict[str, str]:
+    """Return the variables that keep a process's temporary files and caches in `folder`."""
+    places = {
+        "TMPDIR": folder,
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor"),
         "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
     }
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # Python to 3.12, from 3.13 on
+        # Inductor asks for a user name even where the user id has none
+        places["USER"] = f"uid-{os.getuid()}"
+    return places
 
 
 def _wait(process: subprocess.Popen) -> tuple[int, int, bool]:
@@ -132,9 +126,7 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _describe_end(
-    status: int, timed_out: bool, peak_bytes: int, free_bytes: int | None, log: str
-) -> str | None:
+def _describe_end(status: int, timed_out: bool, peak_bytes: int, log: str) -> str | None:
     if timed_out:
         return f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
     if status == 0:
@@ -144,17 +136,8 @@ def _describe_end(
         how = "interrupted" if status == INTERRUPTED else f"exit status {status}"
         return f"{how}: {last.removeprefix('error: ')}"
     name = signal.Signals(-status).name
-    free = "unknown" if free_bytes is None else f"{free_bytes / 1e9:.1f} GB"
     advice = " (often the kernel, out of memory)" if name == "SIGKILL" else ""
     return (
-        f"killed by {name}{advice}: it had used {peak_bytes / 1e9:.1f} GB of host memory, "
-        f"{free} were free when it started; last line on stderr: {last}"
+        f"killed by {name}{advice}: it had used {peak_bytes / 1e9:.1f} GB of host memory; "
+        f"last line on stderr: {last}"
     )
-
-
-def _available_bytes() -> int | None:
-    try:
-        import psutil
-    except ImportError:  # comes with accelerate; without it the message is shorter
-        return None
-    return psutil.virtual_memory().available

@@ -1,16 +1,26 @@
-"""Bring a checkpoint's safetensors to the device: one copy there, none besides it in host memory.
+"""Bring tensors from files to the device: one copy there, and none besides it in host memory.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON
+A tensor is named by where its bytes lie, `Stored`: in a checkpoint's safetensors, or in any other
+file that holds them as they are. On the CPU it becomes a view of the mapped file; to a GPU threads
+carry it through page-locked memory, while the caller does other things with tensors that have their
+places already:
+
+    upload = start_upload(list_checkpoint(folder), torch.device("cuda"), torch.bfloat16)
+    ...                      # upload.tensors can be bound, also captured, but not yet believed
+    tensors = upload.wait()  # name -> tensor
+
+safetensors (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON
 header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Read here and not through the
 safetensors package because staging needs the offsets.
 """
 
 import ctypes
 import json
+import math
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -23,70 +33,31 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 
-# Generated kernels assume pointers aligned to 16 bytes; a file aligns them to 2. CUDA's allocator:
-# 512.
-DEVICE_ALIGNMENT_BYTES = 512
+# Where a tensor begins on the device, as CUDA's allocator has it; generated kernels assume 16.
+_ALIGNMENT_BYTES = 512
 # Two buffers per reader: one is filled from the page cache while the other goes to the device.
 # Page-locking costs time too, so no more than these 128 MiB are.
-READERS = 8
-STAGING_BYTES = 8 << 20
+_READERS = 8
+_STAGING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in a file: bytes [begin, end) of `path`."""
+    """A tensor as it lies in a file: its bytes begin at offset `begin` of `path`."""
 
     name: str
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    end: int
 
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
 
-@dataclass(frozen=True)
-class Expected:
-    """A tensor that a package needs: a row of the `constants` in its metadata."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    aliases: tuple[str, ...] = ()
-    values: tuple[float, ...] | None = None
-
-    @classmethod
-    def from_json(cls, row: Mapping) -> "Expected":
-        values = row.get("values")
-        return cls(
-            row["name"],
-            tuple(row["shape"]),
-            row["dtype"],
-            tuple(row.get("aliases", ())),
-            None if values is None else tuple(values),
-        )
-
-
-def load_weights(
-    folder: str | Path, expected: Iterable[Expected], device: str | torch.device, cast: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return the expected tensors by the package's names, on `device`.
-
-    On the CPU they are views of the mapped files. `cast` allows another dtype in the checkpoint,
-    and converts it. Raises ValueError naming the tensors that are missing, left over, or of another
-    shape or dtype, before a byte of them is read.
-    """
-    expected = list(expected)
-    stored = list_checkpoint(Path(folder))
-    plan = match(expected, stored, cast)
-    device = torch.device(device)
-    tensors = upload(plan, device) if device.type == "cuda" else map_files(plan)
-    for row in expected:
-        dtype = getattr(torch, row.dtype)
-        if row.values is not None:
-            tensors[row.name] = torch.tensor(row.values, dtype=dtype, device=device).view(row.shape)
-        elif tensors[row.name].dtype != dtype:
-            tensors[row.name] = tensors[row.name].to(dtype)
-    return tensors
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
 
 
 def list_checkpoint(folder: Path) -> dict[str, Stored]:
@@ -96,10 +67,8 @@ def list_checkpoint(folder: Path) -> dict[str, Stored]:
     if single.exists():
         paths = [single]
     elif index.exists():
-        paths = [
-            folder / name
-            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
+        shards = json.loads(index.read_text())["weight_map"].values()
+        paths = [folder / name for name in sorted(set(shards))]
     else:
         raise FileNotFoundError(f"no model.safetensors or model.safetensors.index.json in {folder}")
     return {stored.name: stored for path in paths for stored in read_header(path)}
@@ -120,142 +89,132 @@ def read_header(path: Path) -> list[Stored]:
     stored = []
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensor = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
-        check_extent(tensor, size)
+        tensor = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+        if end > size or end - begin != tensor.nbytes:
+            raise ValueError(f"{path} is cut off or damaged at {name}: download it again")
         stored.append(tensor)
     return stored
 
 
-def check_extent(stored: Stored, file_bytes: int) -> None:
-    count = 1
-    for length in stored.shape:
-        count *= length
-    if stored.end > file_bytes or stored.end - stored.begin != count * stored.dtype.itemsize:
-        raise ValueError(f"{stored.path} is cut off or damaged at {stored.name}: download it again")
+class Upload:
+    """Tensors that have their places, and the threads that still carry bytes there."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+        self.threads: list[threading.Thread] = []
+        self.failures: list[Exception] = []
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        """Return the tensors once their bytes are there. Raises the first error of a reader."""
+        for thread in self.threads:
+            thread.join()
+        if self.failures:
+            raise self.failures[0]
+        return self.tensors
 
 
-def match(expected: list[Expected], stored: Mapping[str, Stored], cast: bool) -> dict[str, Stored]:
-    """Return what to read for each expected name. Raises one ValueError naming all misfits."""
-    plan, wrong, known = {}, [], set()
-    for row in expected:
-        names = (row.name, *row.aliases)
-        known.update(names)
-        if row.values is not None:
-            continue
-        found = next((stored[name] for name in names if name in stored), None)
-        if found is None:
-            wrong.append(f"missing {row.name}")
-        elif found.shape != row.shape:
-            wrong.append(f"{row.name} has shape {list(found.shape)}, not {list(row.shape)}")
-        elif found.dtype != getattr(torch, row.dtype) and not cast:
-            wrong.append(
-                f"{row.name} is {str(found.dtype).removeprefix('torch.')}, not {row.dtype}"
-            )
-        else:
-            plan[row.name] = found
-    # Checkpoints of early Llamas hold the rope frequencies of every layer, which are computed
-    # since.
-    left = (
-        name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")
-    )
-    wrong += [f"not expected: {name}" for name in left]
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise ValueError(
-            f"the checkpoint does not fit the package: {shown}. Rebuild the package for it"
-        )
-    return plan
+def start_upload(
+    stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None = None
+) -> Upload:
+    """Return the tensors by the same names on `device`; `wait` for their bytes before use.
 
-
-def map_files(plan: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
-    """Return tensors that view the mapped files: the page cache is their only copy."""
-    files, tensors = {}, {}
-    for name, stored in plan.items():
-        if stored.path not in files:
-            # shared=False: a private mapping, through which nothing can write to the file
-            files[stored.path] = torch.UntypedStorage.from_file(
-                str(stored.path), False, stored.path.stat().st_size
-            )
-        tensors[name] = view_bytes(files[stored.path], stored)
-    return tensors
-
-
-def view_bytes(storage: torch.UntypedStorage, stored: Stored) -> torch.Tensor:
-    raw = torch.empty(0, dtype=torch.uint8).set_(
-        storage, stored.begin, (stored.end - stored.begin,)
-    )
-    if stored.begin % stored.dtype.itemsize:
-        raw = raw.clone()  # writers align tensors, the format does not demand it
-    return raw.view(stored.dtype).view(stored.shape)
-
-
-def upload(plan: Mapping[str, Stored], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return tensors on the CUDA device, cut from one allocation, once their bytes are there."""
-    offsets, total = {}, 0
-    for stored in plan.values():
-        if stored not in offsets:
-            offsets[stored] = total
-            length = stored.end - stored.begin
-            total += -(-length // DEVICE_ALIGNMENT_BYTES) * DEVICE_ALIGNMENT_BYTES
-    pool = torch.empty(total, dtype=torch.uint8, device=device)
-    # The allocation may reuse memory that work queued on this stream still writes.
+    Floating-point tensors become `dtype`, or stay as they are stored. Two names of the same
+    `Stored` share a tensor. On the CPU there is nothing to wait for.
+    """
+    if device.type != "cuda":
+        return Upload(_map_files(stored, dtype))
+    places = _make_places(stored, device, dtype)
+    upload = Upload({name: places[one] for name, one in stored.items()})
+    # the zeros are written by work that is queued on this stream
     ready = torch.cuda.current_stream(device).record_event()
-    run_readers(cut(offsets), pool, ready)
-    tensors = {}
-    for name, stored in plan.items():
-        raw = pool[offsets[stored] : offsets[stored] + stored.end - stored.begin]
-        tensors[name] = raw.view(stored.dtype).view(stored.shape)
-    return tensors
+    # opened here: the caller may close or replace the files as soon as this returns
+    files = {path: open(path, "rb", buffering=0) for path in {one.path for one in places}}  # noqa: SIM115
+    work: SimpleQueue = SimpleQueue()
+    for one, place in places.items():
+        for begin, part in _cut(one, place):
+            work.put((files[one.path].fileno(), begin, one.dtype, part))
+    upload.threads = [
+        threading.Thread(target=_read, args=(work, files, device, ready, upload.failures))
+        for _ in range(_READERS)
+    ]
+    for thread in upload.threads:
+        thread.start()
+    return upload
 
 
-def cut(offsets: Mapping[Stored, int]) -> Iterable[tuple[Path, int, int, int]]:
-    """Yield (path, file offset, pool offset, bytes), at most a staging buffer each."""
-    for stored, target in offsets.items():
-        for begin in range(stored.begin, stored.end, STAGING_BYTES):
-            length = min(STAGING_BYTES, stored.end - begin)
-            yield stored.path, begin, target + begin - stored.begin, length
+def target_dtype(one: Stored, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and one.dtype.is_floating_point else one.dtype
 
 
-def run_readers(pieces: Iterable, pool: torch.Tensor, ready: torch.cuda.Event) -> None:
-    """Copy all pieces into `pool` with READERS threads. Raises the first error that one met."""
-    work, failures = SimpleQueue(), []
-    files: dict[Path, int] = {}
+def _map_files(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return tensors that view the mapped files: the page cache is their only copy."""
+    files = {
+        # shared=False: a private mapping, through which nothing can write to the file
+        path: torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        for path in {one.path for one in stored.values()}
+    }
+    views = {one: _view(files[one.path], one) for one in stored.values()}
+    return {name: views[one].to(target_dtype(one, dtype)) for name, one in stored.items()}
+
+
+def _view(storage: torch.UntypedStorage, one: Stored) -> torch.Tensor:
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, one.begin, (one.nbytes,))
+    if one.begin % one.dtype.itemsize:
+        raw = raw.clone()  # writers align tensors, the format does not demand it
+    return raw.view(one.dtype).view(one.shape)
+
+
+def _make_places(
+    stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
+) -> dict[Stored, torch.Tensor]:
+    """Return a tensor of zeros for each, all cut from one allocation."""
+    offsets, total = {}, 0
+    for one in stored.values():
+        if one not in offsets:
+            offsets[one] = total
+            length = one.count * target_dtype(one, dtype).itemsize
+            total += -(-length // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    # zeros, not empty: a warm-up before the bytes are there computes with ordinary numbers
+    pool = torch.zeros(total, dtype=torch.uint8, device=device)
+
+    def place(one: Stored) -> torch.Tensor:
+        kind = target_dtype(one, dtype)
+        raw = pool[offsets[one] : offsets[one] + one.count * kind.itemsize]
+        return raw.view(kind).view(one.shape)
+
+    return {one: place(one) for one in offsets}
+
+
+def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (file offset, where it goes: a flat part), each at most a staging buffer to read."""
+    flat, items = place.view(-1), _STAGING_BYTES // one.dtype.itemsize
+    for first in range(0, one.count, items):
+        yield one.begin + first * one.dtype.itemsize, flat[first : first + items]
+
+
+def _read(work, files, device, ready, failures) -> None:
+    """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight.
+
+    `files` keeps the descriptors open.
+    """
     try:
-        for piece in pieces:
-            if piece[0] not in files:
-                files[piece[0]] = os.open(piece[0], os.O_RDONLY)
-            work.put(piece)
-        readers = [
-            threading.Thread(target=read_pieces, args=(work, files, pool, ready, failures))
-            for _ in range(READERS)
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
-    if failures:
-        raise failures[0]
-
-
-def read_pieces(work, files, pool, ready, failures) -> None:
-    """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight."""
-    try:
-        stream = torch.cuda.Stream(pool.device)
+        stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             buffers = [
-                torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+                torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
             ]
             copied = [torch.cuda.Event(), torch.cuda.Event()]
             turn = 0
-            while (piece := take(work)) is not None and not failures:
-                path, begin, target, length = piece
+            while (piece := _take(work)) is not None and not failures:
+                descriptor, begin, dtype, part = piece
                 copied[turn].synchronize()  # at once, if never recorded
-                read_into(files[path], buffers[turn], begin, length)
-                pool[target : target + length].copy_(buffers[turn][:length], non_blocking=True)
+                staged = buffers[turn][: part.numel() * dtype.itemsize]
+                _read_into(descriptor, staged, begin)
+                staged = staged.view(dtype)
+                if dtype != part.dtype:  # converted over there: a copy would do it here
+                    staged = staged.to(device, non_blocking=True)
+                part.copy_(staged, non_blocking=True)
                 copied[turn].record()
                 turn = 1 - turn
             stream.synchronize()
@@ -263,19 +222,20 @@ def read_pieces(work, files, pool, ready, failures) -> None:
         failures.append(error)
 
 
-def take(work: SimpleQueue):
+def _take(work: SimpleQueue):
     try:
         return work.get_nowait()
     except Empty:
         return None
 
 
-def read_into(descriptor: int, buffer: torch.Tensor, begin: int, length: int) -> None:
-    """Fill the first `length` bytes of a host tensor from the file. preadv lets go of the GIL."""
+def _read_into(descriptor: int, buffer: torch.Tensor, begin: int) -> None:
+    """Fill a host tensor of bytes from the file. preadv lets go of the GIL."""
+    length = buffer.numel()
     target = memoryview((ctypes.c_char * length).from_address(buffer.data_ptr())).cast("B")
     done = 0
     while done < length:
         count = os.preadv(descriptor, [target[done:]], begin + done)
         if count == 0:
-            raise OSError(f"the checkpoint file ended at byte {begin + done} while it was read")
+            raise OSError(f"the file of weights ended at byte {begin + done} while it was read")
         done += count

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ sys.path.insert(0, str(FOLDER / "tests"))
 
 # autotuning takes a minute on two cores, and the graph is the same
 BUILD = ("--model-id=random:tiny", "--device=cpu", "--no-max-autotune")
+
+# whoever runs this in the background of a shell leaves SIGINT ignored, for our children too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is slow, and that is no failure
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,24 +1,29 @@
 """A loaded package beside the eager model of the checkpoint that it runs on."""
 
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from helpers import Finished, run_command
 
-from aotinductor import eager_generation
-from aotinductor.base_generation import Prompt
-from aotinductor.bounds import parse_bounds
-from aotinductor.loading import load_package, server_of
-from aotinductor.recipe import Plan
-from common.artifacts import ArtifactPair
+from aotinductor.flags import PackageFileFlags
+from aotinductor.lengths import Plan, parse_bounds
+from aotinductor.loading import load_package
+from aotinductor.runtime_compile import EagerGenerator
 from common.checkpoints import resolve_checkpoint
-from common.console import Console
+from common.cli import Console
+from common.flags import SamplingFlags
 from common.manifest import parse_manifest
-from common.models import load_model
+from common.measures import Request
 from common.presets import CONFIGS
 from common.prompts import load_codec
 from common.stopwatch import Stages, process_start
-from common.targets import Target
+from common.target import Target, load_model
 from common.trust import TrustFlags
+from common.weights import list_checkpoint
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)
@@ -30,37 +35,63 @@ OTHER = CONFIGS["random:tiny"] | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "vocab_size": 300,
+    "vocab_size": 12000,  # weights that are larger than any code
     "tie_word_embeddings": False,
     "rope_scaling": None,
     "rope_theta": 10000.0,
 }
 
 
+@dataclass(frozen=True)
+class Prompt:
+    token_ids: list[int]
+    new_tokens: int
+    stop_ids: tuple[int, ...]
+    bucket_pad: bool
+
+
 class Pairing:
     """What the package answers, and what eager `generate` answers."""
 
-    def __init__(self, package: Path, model_id: str, presets_folder: Path):
-        pair = ArtifactPair(package, package.with_name(package.stem + "_meta.json"))
+    def __init__(self, package: Path, model_id: str):
+        pair = PackageFileFlags(package).pair()
         self.manifest = parse_manifest(pair.metadata_path.read_bytes())
         self.plan = Plan(parse_bounds(self.manifest.recipe), self.manifest.recipe)
-        checkpoint = resolve_checkpoint(str(model_id), presets_folder, QUIET)
-        target = Target(checkpoint, CPU, torch.float32)
+        target = Target(resolve_checkpoint(str(model_id), QUIET), CPU, torch.float32)
         stages = Stages(process_start())
-        loaded = load_package(pair, target, self.plan, TrustFlags(), False, stages, QUIET)
-        self._serve = server_of(loaded.engine, CPU)
-        self.model = load_model(checkpoint, CPU, torch.float32)
-        self.codec = load_codec(checkpoint.folder)
+        loaded = load_package(pair, target, self.plan, TrustFlags(), False, 8, stages, QUIET)
+        self._engine = loaded.engine
+        self.model = load_model(target)
+        self._eager = EagerGenerator(self.model, 0, SamplingFlags(), seed=0)
+        self.codec = load_codec(target.checkpoint.folder)
+        self.weight_bytes = sum(
+            one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
+        )
 
     def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
         ids = self.codec.synthetic_prompt(length, seed=0)
-        return Prompt(ids, new_tokens, stop_ids, 0, self.plan.bounds, bucket_pad)
+        return Prompt(ids, new_tokens, stop_ids, bucket_pad)
 
-    def packaged(self, prompt):
-        return self._serve(prompt)[1]
+    def packaged(self, prompt, on_token=None):
+        rest = (prompt.new_tokens, prompt.stop_ids, on_token)
+        if self.plan.slots is None:
+            padded = partial(self.plan.bounds.padded, bucket_pad=prompt.bucket_pad)
+            return self._engine.generate(prompt.token_ids, padded, 0, *rest)
+        padded = self.plan.bounds.padded(len(prompt.token_ids), prompt.bucket_pad)
+        return self._engine.generate(prompt.token_ids, padded, *rest)
 
-    def request(self, prompt):
-        return self._serve(prompt)[0]
+    def eager(self, prompt, on_token=None):
+        return self._eager.generate(prompt.token_ids, prompt.new_tokens, prompt.stop_ids, on_token)
 
-    def eager(self, prompt):
-        return eager_generation.serve(self.model, prompt)[1]
+
+def timed(generate, prompt: Prompt) -> Request:
+    """Return what one request took."""
+    began, arrivals = time.monotonic(), []
+    generate(prompt, lambda token: arrivals.append(time.monotonic()))
+    return Request(arrivals[-1] - began, arrivals[0] - began, len(arrivals))
+
+
+def run_limited(file_bytes: int, arguments: list) -> Finished:
+    """Run Python in a process that cannot write a file of more bytes than that."""
+    limited = ["bash", "-c", f'ulimit -f {file_bytes // 1024}; exec "$@"', "bash"]
+    return run_command([*limited, sys.executable, *arguments])

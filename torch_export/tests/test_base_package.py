@@ -1,34 +1,36 @@
 """A package of the base graph gives the tokens of eager `generate`, whatever the length."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import run_script, succeeded
-from pairing import NEW_TOKENS, OTHER, QUIET, Pairing
+from helpers import FOLDER, run_script, succeeded
+from pairing import NEW_TOKENS, OTHER, QUIET, Pairing, run_limited
 
 from common.presets import materialize
 
 LENGTHS = (1, 2, 7, 8, 9, 127, 128, 129, 1000, 2048 - NEW_TOKENS)
-BUILD = "build_llama_aotinductor.py"
+BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
+SHORT = ["--model-id=random:tiny", "--prompt-length=9", "--max-new-tokens=4"]
 
 
 @pytest.fixture(scope="module")
-def tiny(package, presets_folder):
-    return Pairing(package, "random:tiny", presets_folder)
+def tiny(package):
+    return Pairing(package, "random:tiny")
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory, presets_folder):
+def other(tmp_path_factory):
     """Untied embeddings, 4 heads on 4 KV heads, plain rope; with a checkpoint of its own."""
     folder = tmp_path_factory.mktemp("other")
     checkpoint = materialize(OTHER, folder / "checkpoint", QUIET)
     package = folder / "other.pt2"
     flags = ["--device=cpu", "--no-max-autotune", f"--package-path={package}"]
     succeeded(run_script(BUILD, f"--model-id={checkpoint}", *flags))
-    return Pairing(package, checkpoint, presets_folder)
+    return Pairing(package, checkpoint)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -63,10 +65,30 @@ def test_a_request_leaves_nothing_behind_for_the_next(tiny):
 
 
 def test_metadata_tells_how_far_logits_are_from_eager(tiny):
+    assert tiny.manifest.details["verified"] is True
     checks = tiny.manifest.details["verification"]
     assert checks[0]["tokens"] == 1 and checks[-1]["tokens"] == 2048
     assert any(1 < check["tokens"] < 2048 for check in checks)
     assert all(0 <= check["max_relative_difference"] < 1e-4 for check in checks)
+
+
+def test_a_start_unpacks_code_and_no_weights(tiny, package):
+    below = tiny.weight_bytes - 1
+    done = run_limited(below, [FOLDER / RUN, "--device=cpu", *SHORT, f"--package-path={package}"])
+    assert done.status == 0, done.stderr
+    plain = f"import torch; torch._inductor.aoti_load_package({str(package)!r})"
+    assert run_limited(below, ["-c", plain]).status != 0  # which does unpack them
+
+
+def test_a_package_with_its_weights_needs_no_others(package, presets_folder, tmp_path):
+    (checkpoint,) = presets_folder.glob("random-tiny-*")
+    for path in checkpoint.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    flags = ["--device=cpu", f"--package-path={package}", *SHORT]
+    whole = succeeded(run_script(RUN, *flags, result=tmp_path / "whole.json"))
+    alone = run_script(RUN, *flags, f"--model-id={tmp_path}", result=tmp_path / "alone.json")
+    assert succeeded(alone).result["output"] == whole.result["output"]
+    assert alone.result["decode"]["bytes_per_second"] is None  # unknown, not 0
 
 
 def test_a_program_of_ones_own_gets_logits_from_the_package(tiny, package, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
 
-from common.console import Console
+from common.cli import Console
 from common.measures import MEASURES
 from common.presets import CONFIGS, materialize
 
@@ -152,8 +152,8 @@ def test_a_build_that_fails_verification_leaves_the_old_package(package, tmp_pat
 import sys
 sys.path.insert(0, {str(package.parent.parent)!r})
 import build_llama_aotinductor as script
-from aotinductor import verification
-verification.TOLERANCES["float32"] = 0.0
+from aotinductor import verify
+verify.TOLERANCES["float32"] = 0.0
 script.run_script(script.main, sys.argv[1:])
 """
     flags = ["--model-id=random:tiny", "--device=cpu", "--no-dynamic-seq-len"]

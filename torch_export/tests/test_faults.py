@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from faults import FOLDER, ScriptServer, copy_pair, edit_metadata, mutations, pu
 from helpers import run_command, user_environment
 
 from common.artifacts import open_verified
-from common.console import Console
+from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import parse_manifest
 from common.trust import TrustFlags
@@ -78,14 +79,13 @@ def test_what_is_missing_is_named(missing, words, pair, refusal):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"", "line 1 column 1"),
+        (b"{", "line 1 column 2"),
+        (b"\xff\xfe", "utf-8"),
         (b"[]", "expected an object"),
-        (b'{"schema": 99}', "written by a newer version: schema 99, this one reads"),
-        (b'{"schema": "1"}', "expected a whole number"),
-        (b'{"schema": 1}', "missing approach"),
-        (b'{"schema": 1' + b" " * 2**23 + b"}", "larger than"),
+        (b'{"schema": 99}', "written by another version: schema 99, this one reads"),
+        (b'{"schema": 2}', "metadata_sha256 is not that of the other fields"),
+        (b'{"schema": 2' + b" " * 2**23 + b"}", "larger than"),
         (b"[" * 10**5, "metadata is damaged"),
     ],
 )
@@ -94,23 +94,6 @@ def test_metadata_that_is_none_is_refused(text, words, pair, refusal):
     line = refusal(DAMAGED)
     assert words in line
     assert "./build.sh" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model", None),
-        ("environment", {"torch": []}),
-        ("recipe", []),
-        ("build_seconds", "1"),
-        ("details", 7),
-        ("file", {"bytes": -1}),
-    ],
-)
-def test_wrong_types_in_metadata_are_named(name, value, pair, refusal):
-    fields = json.loads(pair.metadata_path.read_text())
-    pair.metadata_path.write_text(json.dumps(fields | {name: value}))
-    assert name in refusal(DAMAGED)
 
 
 @pytest.mark.parametrize("digits", [("2", "3"), ("8", "9"), ("float32", "float64")])
@@ -180,11 +163,11 @@ def test_another_dtype_and_another_checkpoint_are_mismatches(refusal, presets_fo
 def test_an_artifact_that_others_can_write_is_not_trusted(pair, refusal):
     pair.path.chmod(0o666)
     line = refusal(UNTRUSTED)
-    assert "everybody can write to" in line
+    assert "can be written to by everybody" in line
     assert "--trust-artifact" in line
     pair.path.chmod(0o644)
     pair.path.parent.chmod(0o777)
-    assert "is a folder that everybody can write to" in refusal(UNTRUSTED)
+    assert f"folder {pair.path.parent} can be written to by everybody" in refusal(UNTRUSTED)
 
 
 def test_consent_to_an_origin_is_none_to_damage(pair, refusal):
@@ -193,8 +176,11 @@ def test_consent_to_an_origin_is_none_to_damage(pair, refusal):
     refusal(DAMAGED, "--trust-artifact")
 
 
-def test_only_the_pinned_artifact_is_loaded(refusal):
+def test_only_the_artifact_of_the_pinned_metadata_is_loaded(pair, refusal, server, subject):
     assert "--expect-sha256 says" in refusal(UNTRUSTED, f"--expect-sha256={'0' * 64}")
+    pair.path.parent.chmod(0o777)
+    digest = sha256(pair.metadata_path.read_bytes()).hexdigest()
+    assert server.run(*subject.run_flags(pair), f"--expect-sha256={digest}").status == 0
 
 
 # --- flags and machine -----------------------------------------------------------------------
@@ -210,7 +196,6 @@ def test_only_the_pinned_artifact_is_loaded(refusal):
         ("--device=tpu",),
         ("--seed=-1",),
         ("--expect-sha256=abc",),
-        ("--verify-key=/no/key.pem",),
         ("--prompt=", "--prompt-length=0"),
         ("--model-id=random:huge",),
         ("--model-id=/",),
@@ -343,7 +328,7 @@ def answers_as_before(server, subject, pair):
     """Say whether the artifact at `pair` still loads, in a process that refused others."""
     answer = server.run(*subject.run_flags(pair))
     assert answer.status == 0, answer.text
-    return "| generation" in answer.text
+    return f"loaded {pair.path.name}" in answer.text
 
 
 def test_a_hundred_and_fifty_damaged_artifacts_are_refused_and_the_good_one_still_loads(

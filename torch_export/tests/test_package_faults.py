@@ -40,7 +40,7 @@ def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
     so = library(entries)
     root = so.partition("/")[0]
     rest = {name: data for name, data in entries.items() if name != so}
-    other_model = {name.replace("/model/", "/other/"): data for name, data in entries.items()}
+    other_model = {name.replace("/base/", "/other/"): data for name, data in entries.items()}
     whole = zipped(entries)
     return {
         "no zip": b"nothing like it" * 9,
@@ -103,7 +103,8 @@ def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
         {"recipe__kv_cache": ...},
         {"recipe__kv_cache": True, "recipe__max_cache_len": 64},
         {"recipe__embed_weights": ...},
-        {"recipe__embed_weights": False},
+        {"details__constants": []},
+        {"details__constants": [{"name": "model.norm.weight", "shape": [256], "dtype": "float32"}]},
         {"recipe__min_seq_len": -1},
         {"recipe__max_seq_len": "2048"},
         {"recipe__max_seq_len": 4096},

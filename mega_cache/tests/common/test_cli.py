@@ -1,0 +1,93 @@
+"""Flags: declared once, refused in one line, and handed on as the user wrote them."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import flags
+from common.cli import config_of, flag, parse_flags, positive_ints, words_besides
+
+
+@dataclass(frozen=True)
+class Mine:
+    """flags of a parent"""
+
+    runs: int = flag(2, "processes")
+    strict: bool = flag(False, "fail early")
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """flags of its trials"""
+
+    text: str = flag("hello", "any text")
+    lengths: tuple[int, ...] = flag((1, 2), "tokens", parse=positive_ints)
+    place: Path | None = flag(None, "a file")
+
+
+GROUPS = [group for group in vars(flags).values() if dataclasses.is_dataclass(group)]
+
+
+def test_every_flag_has_a_help_text_and_no_flag_is_declared_twice():
+    fields = [field for group in GROUPS for field in dataclasses.fields(group)]
+    assert all(field.metadata["help"] for field in fields)
+    names = [field.name for field in fields]
+    assert len(names) == len(set(names)) > 20
+
+
+@given(
+    runs=st.integers(0, 99),
+    strict=st.booleans(),
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+)
+def test_a_trial_gets_the_users_words_without_the_parents_own(runs, strict, text):
+    mine = [f"--runs={runs}", "--strict" if strict else "--no-strict"]
+    theirs = [f"--text={text}", "--lengths", "5,3"]
+    argv = [*mine, *theirs]
+    parent, trial = parse_flags("", (Mine, Theirs), argv)
+    assert parent == Mine(runs, strict)
+    assert words_besides((Mine,), argv) == theirs
+    assert parse_flags("", (Theirs,), words_besides((Mine,), argv)) == (trial,)
+
+
+def test_the_last_of_two_flags_wins():
+    (theirs,) = parse_flags("", (Theirs,), ["--text=a", "--lengths=1", "--text", "b"])
+    assert theirs == Theirs("b", (1,))
+
+
+def test_a_script_can_have_a_default_of_its_own(capsys):
+    assert parse_flags("", (Mine,), [], runs=50) == (Mine(runs=50),)
+    with pytest.raises(SystemExit):
+        parse_flags("", (Mine,), ["--help"], runs=50)
+    assert "(default: 50)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--max-new-tokens=0"], ">= 1"),
+        (["--sweep-prompt-lengths=128,x"], "'x' is not a whole number"),
+        (["--prompt="], "--prompt is empty"),
+        (["--modes=compile_preload,warp"], "unknown name 'warp'"),
+        (["--temperature=nan"], "finite"),
+        (["--temperature=1", "--top-p=1.5"], "at most 1"),
+        (["--top-k=5"], "give --temperature too"),
+        (["--warp"], "unrecognized arguments"),
+    ],
+)
+def test_a_bad_flag_is_one_clear_line_and_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_flags("", GROUPS, argv)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_configuration_is_json_values():
+    config = config_of(Theirs(place=Path("/a")), Mine())
+    assert config == {
+        "text": "hello", "lengths": [1, 2], "place": "/a", "runs": 2, "strict": False,
+    }  # fmt: skip

@@ -1,0 +1,91 @@
+"""Prompts: the tokens that transformers would make, and text that is streamed as it comes."""
+
+import io
+import sys
+
+import pytest
+
+from common.checkpoints import resolve_checkpoint
+from common.cli import Console
+from common.errors import UsageError
+from common.flags import PromptFlags
+from common.prompts import Printer, bucket_for, load_codec, prompts_of
+
+PROMPT = "Write a short explanation of portable torch.compile caches."
+TEXT = "Grüße, 🦙!"
+
+
+@pytest.fixture(scope="module")
+def tiny(shared_folders):
+    return resolve_checkpoint("random:tiny", Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def codec(tiny):
+    return load_codec(tiny.folder)
+
+
+def test_tokens_are_those_of_transformers_bare_and_in_a_chat(tiny, codec):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    assert codec.encode(PROMPT) == tokenizer.encode(PROMPT)
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, tokenize=True
+    )["input_ids"]
+    assert codec.encode(PROMPT, chat=True) == list(expected)
+    assert codec.decode(codec.encode(TEXT)) == TEXT
+
+
+def test_each_line_of_a_file_is_a_request(codec, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n")
+    prompts = prompts_of(PromptFlags(prompts_file=file), codec, 0)
+    assert [codec.decode(ids) for ids in prompts] == ["one", "two"]
+    with pytest.raises(UsageError, match="nowhere"):
+        prompts_of(PromptFlags(prompts_file=tmp_path / "nowhere"), codec, 0)
+
+
+def test_a_dash_reads_stdin_and_requests_repeat_it(codec, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    prompts = prompts_of(PromptFlags(prompt="-", num_requests=3), codec, 0)
+    assert [codec.decode(ids) for ids in prompts] == ["from a pipe"] * 3
+
+
+def test_synthetic_prompts_follow_from_length_and_seed(codec):
+    one, other = (prompts_of(PromptFlags(prompt_length=40), codec, seed)[0] for seed in (0, 1))
+    assert len(one) == 40
+    assert one == prompts_of(PromptFlags(prompt_length=40), codec, 0)[0] != other
+
+
+def test_text_is_shown_as_it_comes_and_whole_characters_only(codec, capsys):
+    show = Printer(PromptFlags(), codec).of_request(0)
+    seen = []
+    for token_id in codec.encode(TEXT):
+        show(token_id)
+        seen.append(capsys.readouterr().out)
+    show(None)
+    assert len([part for part in seen if part]) == len(TEXT)  # a character at a time
+    assert "".join(seen) + capsys.readouterr().out == TEXT + "\n"
+
+
+def test_what_is_no_whole_text_is_shown_at_the_end(codec, capsys):
+    show = Printer(PromptFlags(), codec).of_request(0)
+    token_ids = codec.encode("ab🦙")[:-1]
+    for token_id in token_ids:
+        show(token_id)
+    show(None)
+    assert capsys.readouterr().out == codec.decode(token_ids) + "\n"
+
+
+def test_the_same_prompt_is_shown_once_and_each_prompt_of_a_file(codec, capsys, tmp_path):
+    Printer(PromptFlags(), codec).of_request(1)(codec.encode("a")[0])
+    assert capsys.readouterr().out == ""
+    Printer(PromptFlags(prompts_file=tmp_path), codec).of_request(1)(codec.encode("a")[0])
+    assert capsys.readouterr().out == "a"
+
+
+def test_the_nearest_bucket_that_holds_the_prompt():
+    assert bucket_for(100, (64, 128, 256)) == 128
+    assert bucket_for(257, (64, 128, 256)) is None

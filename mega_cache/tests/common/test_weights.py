@@ -1,0 +1,117 @@
+"""Weights come from any file's offsets as they lie there, and a damaged checkpoint is named."""
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common import weights
+from common.weights import Stored, list_checkpoint, read_header, start_upload
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tensors():
+    return {
+        "a": torch.arange(12, dtype=torch.float32).view(3, 4),
+        "b": torch.arange(5, dtype=torch.float16),
+        "ids": torch.tensor([7]),
+    }
+
+
+@pytest.fixture
+def checkpoint(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_checkpoint_gives_its_tensors_by_name(checkpoint, tensors):
+    assert_equal(start_upload(list_checkpoint(checkpoint), CPU).wait(), tensors)
+
+
+def test_only_floating_point_tensors_are_converted(checkpoint, tensors):
+    found = start_upload(list_checkpoint(checkpoint), CPU, torch.bfloat16).wait()
+    expected = {name: tensors[name].bfloat16() for name in "ab"} | {"ids": tensors["ids"]}
+    assert_equal(found, expected)
+
+
+def test_shards_are_one_checkpoint(tensors, tmp_path):
+    files = {"a": "1.safetensors", "b": "2.safetensors", "ids": "2.safetensors"}
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in tensors if files[n] == file}, tmp_path / file)
+    index = {"weight_map": files}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_equal(start_upload(list_checkpoint(tmp_path), CPU).wait(), tensors)
+
+
+def test_a_tensor_may_lie_anywhere_in_any_file(tmp_path):
+    expected = torch.randn(3, 5)
+    path = tmp_path / "any"
+    path.write_bytes(b"123" + expected.numpy().tobytes() + b"rest")  # no multiple of its item
+    stored = {"one": Stored("one", path, torch.float32, (3, 5), 3)}
+    found = start_upload(stored | {"other": stored["one"]}, CPU).wait()
+    assert_equal(found, {"one": expected, "other": expected})
+
+
+def test_writing_to_a_tensor_never_reaches_the_file(checkpoint):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    start_upload(list_checkpoint(checkpoint), CPU).wait()["a"].fill_(1)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", (0, 7, 20, -1))
+def test_a_file_that_is_cut_off_is_named(kept, checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors is .*: download it again"):
+        read_header(path)
+
+
+def test_pieces_cover_a_tensor_once_and_fit_a_buffer(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "_STAGING_BYTES", 64)
+    source, place = torch.randn(7, 11), torch.zeros(7, 11)
+    path = tmp_path / "any"
+    path.write_bytes(b"12" + source.numpy().tobytes())
+    one = Stored("one", path, torch.float32, (7, 11), 2)
+    with open(path, "rb") as file:
+        for begin, part in weights._cut(one, place):
+            buffer = torch.empty(part.numel() * 4, dtype=torch.uint8)
+            assert buffer.numel() <= 64
+            weights._read_into(file.fileno(), buffer, begin)
+            part.copy_(buffer.view(torch.float32))
+    assert torch.equal(place, source)
+
+
+def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "short"
+    path.write_bytes(b"1234")
+    with open(path, "rb") as file, pytest.raises(OSError, match="ended at byte 4"):
+        weights._read_into(file.fileno(), torch.empty(8, dtype=torch.uint8), 0)
+
+
+def test_waiting_raises_what_a_reader_met():
+    upload = weights.Upload({})
+    upload.threads = [threading.Thread(target=upload.failures.append, args=(OSError("gone"),))]
+    upload.threads[0].start()
+    with pytest.raises(OSError, match="gone"):
+        upload.wait()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16))
+def test_what_arrives_on_a_gpu_is_what_the_files_hold(checkpoint, dtype):
+    stored = list_checkpoint(checkpoint)
+    expected = start_upload(stored, CPU, dtype).wait()
+    found = start_upload(stored, torch.device("cuda"), dtype).wait()
+    assert {tensor.data_ptr() % 512 for tensor in found.values()} == {0}
+    assert_equal({name: tensor.cpu() for name, tensor in found.items()}, expected)

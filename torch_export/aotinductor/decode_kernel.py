@@ -1,0 +1,183 @@
+"""One token's attention over the KV cache as one Triton kernel: rope, store, and split attention.
+
+Only building needs this module: Inductor compiles the kernel into the package.
+
+The tables are given whole, and the kernel's loop ends at the position that it reads on the device:
+one compiled kernel, and one CUDA graph, serve every length, and a short sequence reads little.
+
+A token gives a GPU one block of work for each KV head, 8 for the 132 processors of an H200. So the
+slots are cut into splits, each normalised by its own maximum; `join` puts them together.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+# Slots that a program reads at once. 32 x 4 warps keep all of a head of 128 in registers (no spills
+# on sm_90); nothing else was measured.
+BLOCK = 32
+# tl.dot takes no fewer rows, nor a shorter sum
+DOT_MINIMUM = 16
+# Programs that a layer is cut into: about one for each processor of an H100 or H200.
+PROGRAMS = 128
+
+
+@triton.jit
+def rotate(first, second, cos, sin):
+    """Turn the two halves of a head by its position, as `kv_graphs.rotate`."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, parts_ptr, lse_ptr,
+    slots, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (kv head, split): attention of the head's query group to the split's slots.
+
+    Split 0 also stores the new k and v, and sees them from registers; slots from `position` on are
+    never read. ROWS is GROUP or what tl.dot needs; HALF is half a head, turned and read apart.
+    """
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    HEAD: tl.constexpr = 2 * HALF
+    WIDTH: tl.constexpr = KV_HEADS * HEAD
+    dtype = keys_ptr.dtype.element_ty
+    position = tl.load(position_ptr).to(tl.int32)
+    half = tl.arange(0, HALF)
+    row = tl.arange(0, ROWS)
+
+    # rope holds the cosines, then the signed sines: the second half of those has the plus
+    cos = tl.load(rope_ptr + position * HEAD + half).to(tl.float32)
+    sin = tl.load(rope_ptr + (slots + position) * HEAD + HALF + half).to(tl.float32)
+    in_group = row[:, None] < GROUP
+    q_at = q_ptr + (head * GROUP + row[:, None]) * HEAD + half[None, :]
+    q_first = tl.load(q_at, mask=in_group, other=0.0).to(tl.float32)
+    q_second = tl.load(q_at + HALF, mask=in_group, other=0.0).to(tl.float32)
+    q_first, q_second = rotate(q_first, q_second, cos[None, :], sin[None, :])
+    q_first = q_first.to(dtype)
+    q_second = q_second.to(dtype)
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sum_first = tl.zeros([ROWS, HALF], tl.float32)
+    sum_second = tl.zeros([ROWS, HALF], tl.float32)
+    if split == 0:
+        new = head * HEAD + half
+        k_first = tl.load(k_ptr + new).to(tl.float32)
+        k_second = tl.load(k_ptr + new + HALF).to(tl.float32)
+        k_first, k_second = rotate(k_first, k_second, cos, sin)
+        k_first = k_first.to(dtype)
+        k_second = k_second.to(dtype)
+        v_first = tl.load(v_ptr + new)
+        v_second = tl.load(v_ptr + new + HALF)
+        slot = position * WIDTH + new
+        tl.store(keys_ptr + slot, k_first)
+        tl.store(keys_ptr + slot + HALF, k_second)
+        tl.store(values_ptr + slot, v_first)
+        tl.store(values_ptr + slot + HALF, v_second)
+        products = q_first.to(tl.float32) * k_first.to(tl.float32)[None, :]
+        products += q_second.to(tl.float32) * k_second.to(tl.float32)[None, :]
+        peak = tl.sum(products, 1) * scale
+        total += 1.0
+        sum_first += v_first.to(tl.float32)[None, :]
+        sum_second += v_second.to(tl.float32)[None, :]
+
+    share = tl.cdiv(tl.cdiv(position, tl.num_programs(1)), BLOCK) * BLOCK
+    begin = split * share
+    end = tl.minimum(begin + share, position)
+    for start in range(begin, end, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        seen = block < end
+        at = block[:, None] * WIDTH + head * HEAD + half[None, :]
+        k_first = tl.load(keys_ptr + at, mask=seen[:, None], other=0.0)
+        k_second = tl.load(keys_ptr + at + HALF, mask=seen[:, None], other=0.0)
+        # ieee: float32 stays float32, where the default is TF32
+        scores = tl.dot(q_first, k_first.T, input_precision="ieee")
+        scores = tl.dot(q_second, k_second.T, scores, input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))  # (ROWS, BLOCK)
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        fade = tl.exp(peak - new_peak)
+        weights = tl.exp(scores - new_peak[:, None])
+        total = total * fade + tl.sum(weights, 1)
+        weights = weights.to(dtype)
+        v_first = tl.load(values_ptr + at, mask=seen[:, None], other=0.0)
+        v_second = tl.load(values_ptr + at + HALF, mask=seen[:, None], other=0.0)
+        sum_first = tl.dot(weights, v_first, sum_first * fade[:, None], input_precision="ieee")
+        sum_second = tl.dot(weights, v_second, sum_second * fade[:, None], input_precision="ieee")
+        peak = new_peak
+
+    # a split without slots has total 0 and peak -inf: zeros, of weight 0
+    parts_row = (split * KV_HEADS + head) * GROUP + row
+    parts_at = parts_ptr + parts_row[:, None] * HEAD + half[None, :]
+    divisor = tl.where(total > 0, total, 1.0)
+    tl.store(parts_at, sum_first / divisor[:, None], mask=in_group)
+    tl.store(parts_at + HALF, sum_second / divisor[:, None], mask=in_group)
+    tl.store(lse_ptr + parts_row, peak + tl.log(divisor), mask=row < GROUP)
+
+
+def launch(
+    kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    rope: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel for q (heads * head_dim,), k and v (kv_heads * head_dim,) of one token.
+
+    Writes slot `position` (1,) of the layer's tables, keys and values (rows, kv_heads * head_dim);
+    rope is (2, slots, head_dim). Returns, in float32, what each split sees and the logarithm of its
+    weight: (splits, heads, head_dim) and (splits, heads).
+    """
+    _, slots, head_dim = rope.shape
+    heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
+    group = heads // kv_heads
+    splits = max(1, min(PROGRAMS // kv_heads, triton.cdiv(slots, BLOCK)))
+    parts = torch.empty(splits, heads, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(splits, heads, dtype=torch.float32, device=q.device)
+    kernel[(kv_heads, splits)](
+        q, k, v, keys, values, position, rope, parts, lse, slots, scale,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        ROWS=max(DOT_MINIMUM, triton.next_power_of_2(group)),
+        HALF=head_dim // 2,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    return parts, lse
+
+
+@triton_op("llama::attend", mutates_args={"keys", "values"})
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    rope: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`launch` as an operator that torch.export keeps, and Inductor sees into."""
+    return launch(wrap_triton(attend_kernel), q, k, v, keys, values, position, rope, scale)
+
+
+def join(parts: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Put the splits of `launch` together: (heads, head_dim) float32."""
+    # as wide as the parts, so that Inductor makes one kernel of the three reductions
+    lse = lse[:, :, None].expand(parts.shape)
+    weights = (lse - lse.amax(0)).exp()
+    return (parts * weights).sum(0) / weights.sum(0)
+
+
+def supports(head_dim: int) -> bool:
+    """Whether the kernel can be built for heads of this size: half of one is a tl.arange."""
+    half = head_dim // 2
+    return head_dim % 2 == 0 and half >= DOT_MINIMUM and half & (half - 1) == 0

@@ -1,0 +1,174 @@
+"""A `.pt2` as a start sees it: its models opened, and bound to weights. Torch alone, no compiler.
+
+A package holds the models that `OPENED` names, code only. Their constants lie in a checkpoint, or,
+where the weights are embedded, once in the package itself: stored, not deflated, so that each is
+read from its offset in the file as from a checkpoint, and nothing but code is unpacked at a start.
+A package of the base graph with its weights also holds `model`, for `aoti_load_package`.
+
+Private API: `torch._C._aoti.AOTIModelPackageLoader`, the loader under `aoti_load_package`. Read in
+torch 2.9.1 and 2.13.0: the same five positional arguments. It extracts the one model's files to a
+folder under /tmp (or TMPDIR from 2.10 on), removed when the loader is.
+"""
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+
+from common.weights import Stored, target_dtype
+
+PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
+OPENED = {False: ("base",), True: ("prefill", "decode")}  # by whether there is a KV cache
+
+
+class Model(Protocol):
+    """A graph that takes the list of its inputs and returns the list of its outputs."""
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the graphs read, as the metadata lists it.
+
+    `aliases` are further names of the same tensor (tied weights): a checkpoint may use any of them.
+    `values` holds the tensor where no checkpoint does (rope frequencies), and `offset` says where
+    its bytes begin in a package that holds the weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()
+    values: tuple[float, ...] | None = None
+    offset: int | None = None
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Constant":
+        values = row.get("values")
+        return cls(
+            row["name"],
+            tuple(row["shape"]),
+            row["dtype"],
+            tuple(row.get("aliases", ())),
+            None if values is None else tuple(values),
+            row.get("offset"),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
+    """Return where a package with embedded weights holds each constant that has no values.
+
+    Raises ValueError for an offset that is not in the file.
+    """
+    size = path.stat().st_size
+    found = {}
+    for constant in constants:
+        if constant.values is None:
+            one = Stored(constant.name, path, constant.torch_dtype, constant.shape, constant.offset)
+            if not 0 <= one.begin <= size - one.nbytes:
+                raise ValueError(f"{one.name} is not in the package")
+            found[one.name] = one
+    return found
+
+
+def find_in_checkpoint(
+    constants: Iterable[Constant], stored: Mapping[str, Stored], dtype: torch.dtype | None
+) -> dict[str, Stored]:
+    """Return what to read for each constant that has no values; `dtype` is what it is cast to.
+
+    Raises one ValueError naming the tensors that are missing, left over, or of another shape or
+    dtype, before a byte of them is read.
+    """
+    plan, wrong, known = {}, [], set()
+    for row in constants:
+        names = (row.name, *row.aliases)
+        known.update(names)
+        if row.values is not None:
+            continue
+        found = next((stored[name] for name in names if name in stored), None)
+        if found is None:
+            wrong.append(f"missing {row.name}")
+        elif found.shape != row.shape:
+            wrong.append(f"{row.name} has shape {list(found.shape)}, not {list(row.shape)}")
+        elif target_dtype(found, dtype) != row.torch_dtype:
+            is_dtype = str(found.dtype).removeprefix("torch.")
+            wrong.append(f"{row.name} is {is_dtype}, not {row.dtype}")
+        else:
+            plan[row.name] = found
+    # checkpoints of early Llamas hold every layer's rope frequencies, which are computed since
+    wrong += [
+        f"not expected: {name}"
+        for name in stored
+        if name not in known and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise ValueError(
+            f"the checkpoint does not fit the package: {shown}. Rebuild the package for it"
+        )
+    return plan
+
+
+def make_values(constants: Iterable[Constant], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the constants that the metadata itself holds."""
+    return {
+        row.name: torch.tensor(row.values, dtype=row.torch_dtype, device=device).view(row.shape)
+        for row in constants
+        if row.values is not None
+    }
+
+
+def check_layout(package: BinaryIO, models: Iterable[str]) -> None:
+    """Raise ValueError unless the file is a zip with a library for each model, and no way out.
+
+    The loader extracts every name as it is written, `..` included, runs a compiler where a library
+    is missing, and takes the first entry's folder for that of all.
+    """
+    try:
+        with zipfile.ZipFile(package) as archive:  # reads the directory at the file's end
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"no zip file: {error}") from error
+    names = [entry.filename.split("/") for entry in entries]
+    if any(len(parts) < 2 or {"", ".", ".."} & set(parts[:-1]) for parts in names):
+        raise ValueError("a zip with names that no build writes")
+    if len({parts[0] for parts in names}) != 1 or any(parts[-1] == ".." for parts in names):
+        raise ValueError("a zip with other folders than one package's")
+    for model in models:
+        folder = ["data", "aotinductor", model]
+        found = [
+            entry.file_size
+            for entry, parts in zip(entries, names, strict=True)
+            if parts[1:-1] == folder and parts[-1].endswith(".so")
+        ]
+        if not found or not all(found):
+            raise ValueError(f"a zip without a library for {model}")
+
+
+def open_model(
+    path: str | Path, name: str, device: torch.device, tensors: Mapping[str, torch.Tensor]
+) -> Model:
+    """Return a model that reads `tensors` where they are; they may get their bytes later.
+
+    Raises RuntimeError if the package has no such model, or is for a device that is not there, and
+    ValueError if it needs a tensor that is not given.
+    """
+    index = -1 if device.type == "cpu" else device.index or 0
+    # Single threaded: no lock and no event per call, which a CUDA graph capture does not tolerate
+    # (pytorch #148601); it demands one runner.
+    model = torch._C._aoti.AOTIModelPackageLoader(str(path), name, True, 1, index)
+    names = set(model.get_constant_fqns())
+    if missing := sorted(names - set(tensors)):
+        raise ValueError(f"the package needs tensors that were not loaded: {', '.join(missing)}")
+    used = {name: tensors[name] for name in names}
+    # (map, use_inactive, check_full_update, user_managed): user managed means bound without a copy
+    model.load_constants(used, False, True, True)
+    return model

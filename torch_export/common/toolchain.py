@@ -1,0 +1,216 @@
+"""Whether this machine can compile what a build asks of it, told before the build begins to work.
+
+Inductor and Triton call C and C++ compilers minutes into a build, and what those miss ends there in
+an opaque compiler error. Here the same headers and libraries are compiled once, in a second.
+
+On CUDA the headers come from the wheels that torch brings, so no CUDA toolkit is needed: they are
+put together in one folder, which takes the place of CUDA_HOME in this process.
+"""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import Console
+from common.errors import EnvironmentProblemError
+
+if TYPE_CHECKING:
+    import torch
+
+CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
+MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler as torch or Triton looks for it: what the variable names, else the first found."""
+
+    language: str  # as messages call it
+    suffix: str
+    variable: str
+    names: tuple[str, ...]
+    package: str  # for apt-get
+
+    def path(self) -> str:
+        wanted = [os.environ[self.variable]] if os.environ.get(self.variable) else self.names
+        found = next(filter(None, map(shutil.which, wanted)), None)
+        if found is None:
+            raise EnvironmentProblemError(
+                f"no {self.language} compiler: {' or '.join(wanted)} is not on PATH; install one "
+                f"(apt-get install {self.package}) or name it in {self.variable}"
+            )
+        return found
+
+
+C = Compiler("C", ".c", "CC", ("gcc", "clang"), "gcc")
+CXX = Compiler("C++", ".cpp", "CXX", ("g++",), "g++")
+
+
+def prepare_toolchain(device: "torch.device", host_code: bool, console: Console) -> None:
+    """Make what a build compiles with findable, or raise EnvironmentProblemError with the cure.
+
+    `host_code`: C++ around the kernels is compiled too, as AOTInductor does. To be called inside
+    `private_compiler_caches`, which removes what is put together here. Imports the compiler.
+    """
+    python = ["-I", sysconfig.get_path("include")]
+    if device.type == "cpu":
+        check_compiles(CXX, ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
+        check_openssl()
+    else:
+        home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+        driver = ["-L", str(home / "lib64"), "-lcuda"]
+        check_compiles(C, ("Python.h",), [*python, *driver])  # Triton's launcher
+        if host_code:
+            check_compiles(CXX, CUDA_HEADERS, ["-I", str(home / "include"), *driver])
+            check_openssl()
+        use_cuda_home(home)
+    show_tuning_as_progress(console)
+
+
+# ---- one compile ---------------------------------------------------------------------------
+
+
+def check_compiles(compiler: Compiler, headers: Sequence[str], flags: Sequence[str]) -> None:
+    """Compile and link a file that includes `headers`; raise with the cure when that fails."""
+    command = compiler.path()
+    with tempfile.TemporaryDirectory(prefix="llama-toolchain-") as folder:
+        source = Path(folder, f"probe{compiler.suffix}")
+        source.write_text("".join(f"#include <{header}>\n" for header in headers))
+        ended = subprocess.run(
+            [command, str(source), "-shared", "-fPIC", "-o", f"{folder}/probe.so", *flags],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"LC_ALL": "C"},  # the answer is read below
+        )
+    if ended.returncode:
+        raise EnvironmentProblemError(describe_failure(command, ended.stderr))
+
+
+def check_openssl() -> None:
+    """Raise where Inductor lacks the program by which it knows C++ headers again."""
+    from torch._inductor import config
+
+    if config.cpp_cache_precompile_headers and shutil.which("openssl") is None:
+        raise EnvironmentProblemError(
+            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
+            "it: install it (apt-get install openssl)"
+        )
+
+
+def describe_failure(command: str, stderr: str) -> str:
+    """Return one line: what the compiler missed, and how to install it."""
+    missing = MISSING_HEADER.search(stderr)
+    if missing is None:
+        lines = [line for line in stderr.splitlines() if "error" in line or "cannot find" in line]
+        reason = lines[0] if lines else "no message"
+        return f"{command} cannot compile for this build: {reason.strip()}"
+    header = missing[1]
+    return f"{header} is missing, which this build compiles with: {cure_of(header)}"
+
+
+def cure_of(header: str) -> str:
+    if header == "Python.h":
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"install the headers of {sys.executable} (apt-get install python{version}-dev), or "
+            "use a Python that brings them (uv, conda, pyenv)"
+        )
+    if header in ("vector", "omp.h"):
+        return f"install the compiler's own libraries (apt-get install {CXX.package})"
+    return f"{sys.executable} -m pip install '{wheel_with(header)}'"
+
+
+def wheel_with(header: str) -> str:
+    """Return the pip requirement of the wheel that has a CUDA header, for this torch's CUDA."""
+    import torch
+
+    wheel = "cccl" if header.startswith("nv/") else "runtime"
+    major, minor = torch.version.cuda.split(".")[:2]
+    suffix = f"-cu{major}" if major == "12" else ""  # from CUDA 13 on the names have none
+    return f"nvidia-cuda-{wheel}{suffix}=={major}.{minor}.*"
+
+
+# ---- CUDA's headers and driver ---------------------------------------------------------------
+
+
+def assemble_cuda_home(parent: Path) -> Path:
+    """Return a new folder with `include` and `lib64`: links to headers and driver found here.
+
+    The wheels that torch brings come before a toolkit in the usual place, which may be of another
+    CUDA version; a CUDA_HOME that the user set comes before both.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="cuda-home-", dir=parent))
+    include, libraries = home / "include", home / "lib64"
+    include.mkdir()
+    libraries.mkdir()
+    for folder in header_folders():
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            link = include / entry.name
+            if not link.is_symlink():
+                link.symlink_to(entry)
+    driver = driver_library()
+    if driver is not None:
+        (libraries / "libcuda.so").symlink_to(driver)
+    return home
+
+
+def header_folders() -> Iterator[Path]:
+    """Yield where CUDA's headers may be, best first. From CUDA 13 on some are in include/cccl."""
+    import torch
+
+    packages = Path(torch.__file__).parent.parent
+    set_by_user = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(set_by_user)] if set_by_user else []
+    homes += [*sorted(packages.glob("nvidia/*")), packages / "triton/backends/nvidia"]
+    for home in [*homes, Path("/usr/local/cuda")]:
+        yield home / "include"
+        yield home / "include/cccl"
+
+
+def driver_library() -> Path | None:
+    """Return the driver's library that this process uses; linkers look for it as libcuda.so."""
+    import torch
+
+    torch.cuda.init()
+    mapped = Path("/proc/self/maps").read_text()
+    found = re.search(r"/\S*/libcuda\.so\S*$", mapped, re.MULTILINE)
+    return Path(found[0]) if found else None
+
+
+def use_cuda_home(home: Path) -> None:
+    """Have Triton, and torch's extension builder for Inductor, look for CUDA in `home`."""
+    os.environ.setdefault("TRITON_LIBCUDA_PATH", str(home / "lib64"))
+    os.environ["CUDA_HOME"] = str(home)
+    if builder := sys.modules.get("torch.utils.cpp_extension"):
+        builder.CUDA_HOME = str(home)  # it reads the environment once, on import
+
+
+# ---- tuning --------------------------------------------------------------------------------
+
+
+def show_tuning_as_progress(console: Console) -> None:
+    """Have Inductor tell a line of each product it tuned, in place of its tables.
+
+    The settings that turn the tables off are part of Inductor's cache key, and an artifact has to
+    hit for a user who never heard of them; so the two functions that print are replaced.
+    """
+    from torch._inductor import select_algorithm  # private, the same names on 2.9 to 2.13
+
+    def report(name, input_nodes, timings, elapse, *args, **kwargs) -> None:
+        shapes = ", ".join("x".join(map(str, node.get_size())) for node in input_nodes)
+        console.say(f"  tuned {name}({shapes}): {len(timings)} candidates in {elapse:.1f} s")
+
+    select_algorithm.AlgorithmSelectorCache.log_results = staticmethod(report)
+    select_algorithm._log_autotune_choices_stats = lambda *args: None
+    # a candidate that does not fit this GPU is dropped, and no more than that
+    logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)

@@ -1,5 +1,0 @@
-#!/usr/bin/env bash
-set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/common/env.sh"
-exec "$PYTHON" "$here/measure.py" "$@"
