@@ -373,19 +373,20 @@ def test_the_second_of_two_builders_waits_and_says_so(pair):
 with building(pair, Console(quiet=False)):
     began = time.monotonic()
     print("building", flush=True)
-    time.sleep(0.7)
+    sys.stdin.readline()
     write_build(pair, 5)
     print(began, time.monotonic())
 """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     one = python(code, pair.path, pair.metadata_path, **pipes)
     assert one.stdout.readline() == "building\n"
     two = python(code, pair.path, pair.metadata_path, **pipes)
-    (out, told), (later_out, later_told) = (end.communicate(timeout=30) for end in (one, two))
-    assert told == ""
-    assert later_told.startswith("another process is writing")
-    assert later_told.count("\n") == 1
-    assert float(later_out.split()[1]) >= float(out.split()[1])  # began after the other had ended
+    assert two.stderr.readline().startswith("another process is writing")
+    ended = [process.communicate("\n", timeout=30) for process in (one, two)]
+    assert [told for _, told in ended] == ["", ""]  # nothing more than that
+    (out, _), (later_out, _) = ended
+    ended_at, began_at = out.split()[1], later_out.splitlines()[-1].split()[0]
+    assert float(began_at) >= float(ended_at)  # began after the other had ended
     assert read_build(pair) == 5
 
 
