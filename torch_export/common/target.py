@@ -104,7 +104,7 @@ def quiet_compiler_logs(device: torch.device, quiet: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load_model(target: Target, attention: str = "sdpa") -> "PreTrainedModel":
+def load_model(target: Target) -> "PreTrainedModel":
     """Return the model in eval mode on its device; gradients are off for the whole process."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -116,7 +116,7 @@ def load_model(target: Target, attention: str = "sdpa") -> "PreTrainedModel":
     model = AutoModelForCausalLM.from_pretrained(
         target.checkpoint.folder,
         dtype=target.dtype,
-        attn_implementation=attention,
+        attn_implementation="sdpa",
         local_files_only=True,
         # straight to the GPU: no second copy of the weights in host memory
         device_map=str(target.device) if target.device.type == "cuda" else None,

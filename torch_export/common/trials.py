@@ -27,7 +27,6 @@ TIMEOUT_SECONDS = 3600.0
 class Outcome:
     """How one trial ended; `document` is its run result when it wrote one."""
 
-    status: int
     wall_seconds: float
     peak_host_bytes: int
     document: dict | None
@@ -81,7 +80,7 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
         document = json.loads(result.read_bytes()) if result.exists() else None
         if error is None and document is None:
             error = "ended with status 0 but wrote no result"
-        return Outcome(status, wall_seconds, peak_bytes, document, error)
+        return Outcome(wall_seconds, peak_bytes, document, error)
 
 
 def _places(folder: str) -> dict[str, str]:
