@@ -8,10 +8,9 @@ compiles. Build the artifact first with ./build.sh.
 
 from collections.abc import Sequence
 
-from common.cli import config_of, parse_flags
+from common.cli import BenchmarkFlags, ComparisonFlags, config_of, parse_flags
 from common.compare import benchmark, trial_words
 from common.errors import run_script
-from common.flags import BenchmarkFlags, ComparisonFlags
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 MODES = {

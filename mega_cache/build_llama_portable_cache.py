@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from common.artifacts import building, check_target
 from common.cli import Console, parse_flags
-from common.driver import open_driver
 from common.errors import run_script
 from common.report import markdown_table, write_json
 from common.store import publish
+from common.toolchain import open_driver
 from common.trials import private_compiler_caches
 from portable_cache.flags import APPROACH, BuildSettings, CacheFileFlags
 

@@ -7,12 +7,11 @@
 
 from collections.abc import Sequence
 
-from common.cli import Console, config_of, parse_flags
+from common.cli import CompareFlags, ComparisonFlags, Console, config_of, parse_flags
 from common.compare import compare, trial_words
-from common.driver import open_driver
 from common.errors import ArtifactMismatchError, UsageError, run_script
-from common.flags import CompareFlags, ComparisonFlags
 from common.report import write_json
+from common.toolchain import open_driver
 from common.trials import private_compiler_caches
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 

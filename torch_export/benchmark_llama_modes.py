@@ -12,10 +12,9 @@ from pathlib import Path
 
 from aotinductor.flags import APPROACH, EAGER, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan
-from common.cli import config_of, parse_flags
+from common.cli import BenchmarkFlags, ComparisonFlags, config_of, parse_flags
 from common.compare import benchmark, trial_words
 from common.errors import run_script
-from common.flags import BenchmarkFlags, ComparisonFlags
 
 RUN_SCRIPT = Path(__file__).with_name("run_llama_aotinductor.py")
 NUM_REQUESTS = 50

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
 from common.artifacts import building
-from common.cli import Console, config_of, parse_flags
-from common.driver import open_driver
+from common.cli import Console, SharedFlags, config_of, parse_flags
 from common.errors import run_script
-from common.flags import SharedFlags
 from common.report import markdown_table, write_json
 from common.store import publish
+from common.toolchain import open_driver
 from common.trials import private_compiler_caches
 
 

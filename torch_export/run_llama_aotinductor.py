@@ -10,12 +10,11 @@ from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan
-from common.cli import Console, config_of, parse_flags
+from common.cli import CompareFlags, ComparisonFlags, Console, config_of, parse_flags
 from common.compare import compare, trial_words
-from common.driver import open_driver
 from common.errors import UsageError, run_script
-from common.flags import CompareFlags, ComparisonFlags
 from common.report import write_json
+from common.toolchain import open_driver
 from common.trials import private_compiler_caches
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from common import report
 from common.checkpoints import resolve_checkpoint
-from common.cli import Console, words_besides
-from common.errors import ScriptError
-from common.flags import (
+from common.cli import (
     FLOOR,
     BenchmarkFlags,
     CompareFlags,
     ComparisonFlags,
+    Console,
     PromptFlags,
     SharedFlags,
+    words_besides,
 )
+from common.errors import ScriptError
 from common.measures import (
     COMPARED,
     COUNTERS,

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script of its own
 
-from common.cli import Console, config_of, parse_flags
-from common.driver import open_driver
+from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
 from common.errors import run_script
-from common.flags import FLOOR, SharedFlags
-from common.measures import run_metrics
+from common.measures import Stages, process_start, run_metrics
 from common.report import SCHEMA, environment, write_json
-from common.stopwatch import Stages, process_start
+from common.toolchain import open_driver
 
 if TYPE_CHECKING:
     import torch

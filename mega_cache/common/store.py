@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.artifacts import (
     ArtifactPair,
+    TrustFlags,
     building,
     check_target,
     open_verified,
@@ -52,7 +53,6 @@ from common.manifest import (
     parse_manifest,
     rehearsal_differences,
 )
-from common.trust import TrustFlags
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -7,6 +7,7 @@ On CUDA the headers come from the wheels that torch brings, so no CUDA toolkit i
 put together in one folder, which takes the place of CUDA_HOME in this process.
 """
 
+import ctypes
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from common.errors import EnvironmentProblemError
 
 if TYPE_CHECKING:
     import torch
+
 
 CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
 MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
@@ -214,3 +217,27 @@ def show_tuning_as_progress(console: Console) -> None:
     select_algorithm._log_autotune_choices_stats = lambda *args: None
     # a candidate that does not fit this GPU is dropped, and no more than that
     logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)
+
+
+# --- driver ----------------------------------------------------------------------------------
+
+
+def open_driver(device: str) -> None:
+    """Start to make the context that torch will use, in a thread; `device` is the flag's word.
+
+    Both take some tenths of a second and hold no lock of Python's. Without a driver, without a GPU
+    or for the CPU nothing happens; a failure is left for torch to meet and to name.
+    """
+    if device != "cpu":
+        threading.Thread(target=_make_context, daemon=True).start()
+
+
+def _make_context() -> None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    context = ctypes.c_void_p()
+    # of the first visible GPU, torch's own choice; kept until the process ends, as torch keeps it
+    if driver.cuInit(0) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)

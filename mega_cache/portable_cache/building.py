@@ -10,14 +10,13 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from common.artifacts import ArtifactPair, write_pair
-from common.cli import Console
+from common.cli import Console, SamplingFlags
 from common.compile_counts import Watch, read_counts, watch_compilation
 from common.errors import ScriptError
-from common.flags import SamplingFlags
 from common.manifest import SCHEMA, Manifest
+from common.measures import Stages, process_start
 from common.prompts import TextCodec, load_codec
 from common.report import environment
-from common.stopwatch import Stages, process_start
 from common.target import Target, choose_target
 from common.toolchain import prepare_toolchain
 from common.trials import run_trial

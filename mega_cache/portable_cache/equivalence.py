@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from common.cli import Console
+from common.measures import Stages, process_start
 from common.report import environment
-from common.stopwatch import Stages, process_start
 from common.weights import list_checkpoint, start_upload
 from portable_cache import generation
 from portable_cache.flags import APPROACH, EquivalenceFlags, RunSettings

@@ -3,11 +3,17 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common.artifacts import ArtifactPair
-from common.cli import flag, non_negative_int, positive_int, positive_ints
-from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.artifacts import ArtifactPair, TrustFlags
+from common.cli import (
+    PromptFlags,
+    SamplingFlags,
+    SharedFlags,
+    flag,
+    non_negative_int,
+    positive_int,
+    positive_ints,
+)
 from common.store import FetchFlags, PublishFlags
-from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "mega_cache"

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.cli import SamplingFlags
 from common.errors import UsageError
-from common.flags import SamplingFlags
 from common.serve import Generate, TokenStreamer
 from common.target import Target
 from portable_cache import attention

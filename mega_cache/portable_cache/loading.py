@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 from transformers import Cache, PreTrainedModel
 
-from common.artifacts import ArtifactPair, open_verified, read_blob
+from common.artifacts import ArtifactPair, TrustFlags, open_verified, read_blob
 from common.cli import Console
 from common.compile_counts import Watch
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.manifest import Manifest, describe, differences, raise_if_different
 from common.report import environment
 from common.target import Target
-from common.trust import TrustFlags
 from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, CompileFlags
 from portable_cache.recipe import find_differences

@@ -10,6 +10,7 @@ from common.cli import Console, config_of
 from common.compile_counts import Watch, compiled_kernels, read_counts, watch_compilation
 from common.errors import ArtifactMismatchError, ScriptError
 from common.manifest import Difference, Manifest
+from common.measures import Stages, process_start
 from common.prompts import (
     Printer,
     TextCodec,
@@ -19,7 +20,6 @@ from common.prompts import (
     prompts_of,
 )
 from common.serve import run_document, serve_requests
-from common.stopwatch import Stages, process_start
 from common.store import fetch
 from common.target import Target, choose_target
 from common.toolchain import prepare_toolchain

@@ -104,8 +104,7 @@ def eager_tokens(presets_folder):
     import torch
 
     from common.checkpoints import resolve_checkpoint
-    from common.cli import Console
-    from common.flags import SamplingFlags
+    from common.cli import Console, SamplingFlags
     from common.prompts import load_codec
     from common.target import Target, load_model
     from portable_cache import generation

@@ -6,8 +6,7 @@ import benchmark_llama_modes
 import pytest
 from helpers import FOLDER, run_command, run_script, run_wrapper
 
-from common.cli import parse_flags
-from common.flags import BenchmarkFlags
+from common.cli import BenchmarkFlags, parse_flags
 from portable_cache.flags import MODE_WORDS, UNTOLD, BuildSettings, CompileFlags, RunSettings
 
 PUBLISHED = {

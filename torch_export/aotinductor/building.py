@@ -15,8 +15,8 @@ from aotinductor.verify import verify_base, verify_kv
 from common.artifacts import check_target, write_pair
 from common.cli import Console
 from common.manifest import SCHEMA, Manifest
+from common.measures import Stages, process_start
 from common.report import environment
-from common.stopwatch import Stages, process_start
 from common.target import Target, choose_target, load_model
 from common.toolchain import prepare_toolchain
 from common.weights import list_checkpoint

@@ -11,9 +11,9 @@ from aotinductor.lengths import Bounds, find_plan
 from aotinductor.loading import Engine, load_package
 from aotinductor.serving import wants_cuda_graph
 from common.cli import Console
+from common.measures import Stages, process_start
 from common.prompts import load_codec
 from common.report import environment
-from common.stopwatch import Stages, process_start
 from common.target import choose_target, load_model
 
 if TYPE_CHECKING:

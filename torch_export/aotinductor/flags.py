@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.artifacts import ArtifactPair
-from common.cli import flag, positive_int, positive_ints
-from common.flags import PromptFlags, SamplingFlags, SharedFlags
+from common.artifacts import ArtifactPair, TrustFlags
+from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int, positive_ints
 from common.store import FetchFlags, PublishFlags
-from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "torch_export"

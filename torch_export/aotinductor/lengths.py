@@ -9,8 +9,8 @@ from typing import Any
 
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
 from common.artifacts import peek_manifest
+from common.cli import DTYPES, SharedFlags
 from common.errors import ArtifactDamagedError, UsageError
-from common.flags import DTYPES, SharedFlags
 from common.manifest import Difference, differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"

@@ -25,14 +25,13 @@ from aotinductor.package import (
     open_model,
 )
 from aotinductor.recipe import find_differences
-from common.artifacts import ArtifactPair, open_verified
+from common.artifacts import ArtifactPair, TrustFlags, open_verified
 from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, EnvironmentProblemError
 from common.manifest import Manifest, describe, differences, raise_if_different
+from common.measures import Stages
 from common.report import gpu_environment
-from common.stopwatch import Stages
 from common.target import Target, synchronize
-from common.trust import TrustFlags
 from common.weights import Upload, list_checkpoint, start_upload
 
 Engine = BaseGenerator | Generator

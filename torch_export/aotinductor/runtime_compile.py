@@ -16,7 +16,7 @@ from aotinductor.kv_cache import CacheShape
 from aotinductor.lengths import Plan
 from aotinductor.loading import Engine, make_engine
 from aotinductor.package import Constant, find_in_package, make_values, open_model
-from common.flags import SamplingFlags
+from common.cli import SamplingFlags
 from common.serve import TokenStreamer
 from common.weights import start_upload
 

@@ -13,9 +13,9 @@ from common.cli import Console, config_of
 from common.compile_counts import Watch, read_counts, watch_compilation
 from common.errors import UsageError
 from common.manifest import Difference, Manifest
+from common.measures import Stages, process_start
 from common.prompts import Printer, load_codec, padding_token_id, prompts_of
 from common.serve import Generate, run_document, serve_requests
-from common.stopwatch import Stages, process_start
 from common.store import fetch
 from common.target import Target, choose_target, load_model
 from common.toolchain import prepare_toolchain

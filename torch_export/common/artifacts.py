@@ -9,8 +9,10 @@ never needs to write. The next builder does step 3 for a dead one, or removes it
 """
 
 import errno
+import grp
 import hashlib
 import os
+import pwd
 import resource
 import shutil
 import stat
@@ -23,11 +25,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-from common import trust
-from common.cli import Console
+from common.cli import Console, flag, sha256_text
 from common.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
+    ArtifactUntrustedError,
     EnvironmentProblemError,
     UsageError,
     writing,
@@ -40,12 +42,24 @@ from common.manifest import (
     raise_if_different,
     rehearsal_differences,
 )
-from common.trust import TrustFlags
 
 BLOCK_BYTES = 64 * 2**20  # part of the metadata's format: see content_digest
 _READ_BYTES = 2**20  # stays in a core's cache between read and digest
 _MAX_THREADS = 32
 _REBUILD = "build it again with ./build.sh"
+
+
+@dataclass(frozen=True)
+class TrustFlags:
+    """whose artifact may run"""
+
+    trust_artifact: bool = flag(False, "load an artifact whoever could have written it")
+    expect_sha256: str | None = flag(
+        None,
+        "the only sha256 the metadata file may have, as `sha256sum NAME_meta.json` prints it; "
+        "it names the artifact's own digest, so no other origin is asked for",
+        parse=sha256_text,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
             lock.acquire()
     try:
         _recover(pair)
-        if problem := trust.origin_problem(pair.path.parent):
+        if problem := origin_problem(pair.path.parent):
             console.warn(f"{problem}: loading from there will need --trust-artifact")
         yield
     finally:
@@ -313,13 +327,13 @@ def _read_metadata(pair: ArtifactPair, flags: TrustFlags | None = None) -> bytes
     try:
         with _open_regular(pair.metadata_path) as file:
             if flags:
-                trust.check_trust(pair.metadata_path, flags)
+                check_trust(pair.metadata_path, flags)
             text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         what = "metadata" if pair.path.exists() else "artifact and no metadata"
         raise ArtifactDamagedError(_missing(what, pair.metadata_path)) from None
     if flags:
-        trust.check_pin(pair.metadata_path, text, flags)
+        check_pin(pair.metadata_path, text, flags)
     return text
 
 
@@ -343,7 +357,7 @@ def _open_content(pair: ArtifactPair, manifest: Manifest, flags: TrustFlags) -> 
     for path in (_new(pair.path), pair.path):
         with ExitStack() as closing, suppress(FileNotFoundError):
             file = closing.enter_context(_open_regular(path))
-            trust.check_trust(path, flags)
+            check_trust(path, flags)
             problem = _content_problem(file, manifest)
             if problem is None:
                 closing.pop_all()
@@ -423,3 +437,87 @@ def _block_digest(descriptor: int, start: int, size: int) -> bytes:
         digest.update(buffer[:count])
         start += count
     return digest.digest()
+
+
+# --- origin ----------------------------------------------------------------------------------
+
+
+def check_trust(path: Path, flags: TrustFlags) -> None:
+    """Raise ArtifactUntrustedError if anyone but this user and root could have put `path` there.
+
+    Not asked with consent, nor with a pinned digest: `check_pin` sees to that one.
+    """
+    if flags.trust_artifact or flags.expect_sha256:
+        return
+    if problem := origin_problem(path):
+        raise ArtifactUntrustedError(
+            f"{problem}; {path} is code that would run as you: check where it comes from, then "
+            "copy it to a folder of your own, or add --expect-sha256 or --trust-artifact"
+        )
+
+
+def check_pin(path: Path, content: bytes, flags: TrustFlags) -> None:
+    """Raise ArtifactUntrustedError if the metadata at `path` is not the one that is pinned."""
+    found = hashlib.sha256(content).hexdigest()
+    if flags.expect_sha256 not in (None, found):
+        raise ArtifactUntrustedError(
+            f"{path} has sha256 {found}, --expect-sha256 says {flags.expect_sha256}: "
+            "fetch the right artifact, or pin this one if you know where it comes from"
+        )
+
+
+def origin_problem(path: Path) -> str | None:
+    """Return why others than this user and root can change `path`, or what is put there, or None.
+
+    Every folder above counts; a link counts as what it leads to.
+    """
+    path = Path(os.path.realpath(path))
+    holder = path if path.is_dir() else path.parent
+    for place in (path, *path.parents):
+        info = os.stat(place)
+        if problem := _owner_problem(place, info):
+            return problem
+        # in a sticky folder such as /tmp nobody can replace our folder, but anyone can add a file
+        sticky = info.st_mode & stat.S_ISVTX and place not in (path, holder)
+        if not sticky and (writers := _other_writers(info)):
+            return f"{_kind(info)} {place} can be written to by {writers}, expected you and root"
+    return None
+
+
+def _owner_problem(place: Path, info: os.stat_result) -> str | None:
+    trusted = {os.geteuid(), 0}
+    if stat.S_ISDIR(info.st_mode):
+        # in a user namespace the machine's root appears as the overflow user, who then owns /
+        trusted.add(os.stat("/").st_uid)
+    if info.st_uid in trusted:
+        return None
+    return f"{_kind(info)} {place} belongs to user {_user_name(info.st_uid)}, expected you or root"
+
+
+def _other_writers(info: os.stat_result) -> str | None:
+    if info.st_mode & stat.S_IWOTH:
+        return "everybody"
+    if info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid):
+        return f"group {info.st_gid}"
+    return None
+
+
+def _is_private_group(gid: int) -> bool:
+    """Say whether `gid` is the group that most systems make for one user, whose umask is 002."""
+    try:
+        group = grp.getgrgid(gid)
+    except KeyError:  # containers run users and groups that no list names
+        return gid == os.geteuid()
+    name = _user_name(os.geteuid())
+    return group.gr_name == name and set(group.gr_mem) <= {name}
+
+
+def _kind(info: os.stat_result) -> str:
+    return "folder" if stat.S_ISDIR(info.st_mode) else "file"
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from common.checkpoints import Checkpoint
-    from common.flags import PromptFlags
+    from common.cli import PromptFlags
 
 
 @dataclass(frozen=True)

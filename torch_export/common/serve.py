@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.cli import Console
-from common.measures import MEASURES, Request, decode_seconds_per_token, run_metrics
+from common.measures import MEASURES, Request, Stages, decode_seconds_per_token, run_metrics
 from common.prompts import Printer, TextCodec
 from common.report import SCHEMA, environment, markdown_table, number
-from common.stopwatch import Stages
 from common.target import Target, device_bandwidth, device_memory, synchronize
 from common.weights import list_checkpoint
 

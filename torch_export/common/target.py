@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.checkpoints import Checkpoint, resolve_checkpoint
-from common.cli import Console
+from common.cli import Console, SharedFlags
 from common.errors import EnvironmentProblemError
-from common.flags import SharedFlags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

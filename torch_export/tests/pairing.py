@@ -13,16 +13,13 @@ from aotinductor.flags import PackageFileFlags
 from aotinductor.lengths import Plan, parse_bounds
 from aotinductor.loading import load_package
 from aotinductor.runtime_compile import EagerGenerator
-from common.checkpoints import resolve_checkpoint
-from common.cli import Console
-from common.flags import SamplingFlags
+from common.artifacts import TrustFlags
+from common.checkpoints import CONFIGS, resolve_checkpoint
+from common.cli import Console, SamplingFlags
 from common.manifest import parse_manifest
-from common.measures import Request
-from common.presets import CONFIGS
+from common.measures import Request, Stages, process_start
 from common.prompts import load_codec
-from common.stopwatch import Stages, process_start
 from common.target import Target, load_model
-from common.trust import TrustFlags
 from common.weights import list_checkpoint
 
 NEW_TOKENS = 16

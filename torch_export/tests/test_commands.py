@@ -7,9 +7,9 @@ import sys
 import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
 
+from common.checkpoints import CONFIGS, materialize
 from common.cli import Console
 from common.measures import MEASURES
-from common.presets import CONFIGS, materialize
 
 BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
 SMALL = [

@@ -25,9 +25,15 @@ from aotinductor.lengths import (
     override,
     parse_bounds,
 )
-from common.cli import config_of, parse_flags
+from common.cli import (
+    BenchmarkFlags,
+    CompareFlags,
+    ComparisonFlags,
+    SharedFlags,
+    config_of,
+    parse_flags,
+)
 from common.errors import ArtifactDamagedError, UsageError
-from common.flags import BenchmarkFlags, CompareFlags, ComparisonFlags, SharedFlags
 
 RUN_GROUPS = (RunSettings, CompareFlags, ComparisonFlags)
 GROUPS = {

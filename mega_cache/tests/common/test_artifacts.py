@@ -23,6 +23,7 @@ from common import artifacts
 from common.artifacts import (
     BLOCK_BYTES,
     ArtifactPair,
+    TrustFlags,
     VerifiedArtifact,
     building,
     check_target,
@@ -40,7 +41,6 @@ from common.errors import (
     UsageError,
 )
 from common.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
-from common.trust import TrustFlags
 
 FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)

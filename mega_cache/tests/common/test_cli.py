@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import flags
+from common import cli as flags
 from common.cli import config_of, flag, parse_flags, positive_ints, words_besides
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from common.cli import BenchmarkFlags, CompareFlags, ComparisonFlags, SharedFlags
 from common.compare import benchmark, compare
 from common.errors import ScriptError
-from common.flags import BenchmarkFlags, CompareFlags, ComparisonFlags, SharedFlags
 from common.measures import MEASURES
 
 TRIAL = """

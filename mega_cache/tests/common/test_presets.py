@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import presets
+from common import checkpoints as presets
 from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.cli import Console
 from common.prompts import load_codec

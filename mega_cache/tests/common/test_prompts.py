@@ -6,9 +6,8 @@ import sys
 import pytest
 
 from common.checkpoints import resolve_checkpoint
-from common.cli import Console
+from common.cli import Console, PromptFlags
 from common.errors import UsageError
-from common.flags import PromptFlags
 from common.prompts import Printer, bucket_for, load_codec, prompts_of
 
 PROMPT = "Write a short explanation of portable torch.compile caches."

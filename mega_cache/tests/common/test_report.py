@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 from common import report
 from common.manifest import REHEARSAL_VARIABLE
-from common.measures import MEASURES, Request, run_metrics, summarize, with_wall_time
-from common.stopwatch import Stages, process_start
+from common.measures import (
+    MEASURES,
+    Request,
+    Stages,
+    process_start,
+    run_metrics,
+    summarize,
+    with_wall_time,
+)
 
 seconds = st.floats(0.001, 1000.0)
 requests = st.lists(st.builds(Request, seconds, seconds, st.integers(1, 1000)), min_size=1)

@@ -15,7 +15,7 @@ import pytest
 from test_artifacts import FOLDER, content_of, dies, killed_after, manifest_of
 
 from common import store
-from common.artifacts import ArtifactPair, open_verified, read_blob, write_pair
+from common.artifacts import ArtifactPair, TrustFlags, open_verified, read_blob, write_pair
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -25,7 +25,6 @@ from common.errors import (
     UsageError,
 )
 from common.manifest import REHEARSAL_VARIABLE, differences
-from common.trust import TrustFlags
 
 APPROACH = "torch_export"
 QUIET = Console(quiet=True)

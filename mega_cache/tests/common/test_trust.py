@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common.artifacts import TrustFlags, check_trust, origin_problem
 from common.cli import parse_flags
 from common.errors import ArtifactUntrustedError
-from common.trust import TrustFlags, check_trust, origin_problem
 
 STRANGER = 54321  # a user id that has no passwd entry
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
