@@ -7,11 +7,11 @@ Errors are absolute, in standard deviations of the logits of the model in float3
 
 from collections.abc import Sequence
 
-from common.cli import Console, config_of, parse_flags
+from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.errors import run_script
-from common.report import markdown_table, write_json
+from common.report import logits_table, write_json
 from common.trials import private_compiler_caches
-from portable_cache.flags import UNTOLD, EquivalenceFlags, RunSettings
+from portable_cache.flags import UNTOLD, RunSettings
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,29 +24,12 @@ def main(argv: Sequence[str]) -> None:
 
         document = compare_logits(settings, flags, console)
     write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
-    console.result(table(document))
+    console.result(logits_table(document))
     margins = {
         f"a prompt of {row['prompt_length']} tokens": row["largest_margin"]
         for row in document["rows"]
     }
     check_differences(margins, document["dtype"])
-
-
-def table(document: dict) -> str:
-    """Return mean and largest error of eager and of the artifact, a row per prompt length."""
-    header = ["prompt tokens", "eager mean", "eager max", "load mean", "load max"]
-    rows = [
-        [
-            str(row["prompt_length"]),
-            *(
-                f"{row[mode][error]:.2g}"
-                for mode in ("eager", "load")
-                for error in ("mean_abs_error", "max_abs_error")
-            ),
-        ]
-        for row in document["rows"]
-    ]
-    return markdown_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ package may be as far off as eager in the same dtype is; much more is a failure.
 
 from collections.abc import Sequence
 
-from aotinductor.flags import EquivalenceFlags, RunSettings
-from common.cli import Console, config_of, parse_flags
+from aotinductor.flags import RunSettings
+from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.errors import ScriptError, run_script
-from common.report import markdown_table, write_json
+from common.report import logits_table, write_json
 from common.trials import private_compiler_caches
 
 # kernels that add up in another order: a few times eager's own error, or float32's rounding
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
         document = compare_logits(settings, flags, console)
     write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
-    console.result(table(document))
+    console.result(logits_table(document))
     for row in document["rows"]:
         found, allowed = row["load"], ALLOWED * row["eager"]["max_abs_error"] + ROUNDING
         if not found["max_abs_error"] <= allowed:  # written so that NaN fails
@@ -37,24 +37,6 @@ def main(argv: Sequence[str]) -> None:
                 f"{found['max_abs_error']:.2g} standard deviations, at most {allowed:.2g} was "
                 "expected: rebuild it with ./build.sh"
             )
-
-
-def table(document: dict) -> str:
-    """Return mean and largest error of eager and of the package, a row per prompt length."""
-    header = ["prompt tokens", "eager mean", "eager max", "load mean", "load max", "same choice"]
-    rows = [
-        [
-            str(row["prompt_length"]),
-            *(
-                f"{row[mode][error]:.2g}"
-                for mode in ("eager", "load")
-                for error in ("mean_abs_error", "max_abs_error")
-            ),
-            f"{row['load']['same_top_token_share']:.0%}",
-        ]
-        for row in document["rows"]
-    ]
-    return markdown_table(header, rows)
 
 
 if __name__ == "__main__":

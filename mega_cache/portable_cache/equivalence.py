@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from common.cli import Console
+from common.cli import Console, EquivalenceFlags
 from common.measures import Stages, process_start
-from common.report import environment
+from common.report import logit_errors, logits_document
 from common.weights import list_checkpoint, start_upload
 from portable_cache import generation
-from portable_cache.flags import APPROACH, EquivalenceFlags, RunSettings
+from portable_cache.flags import APPROACH, RunSettings
 from portable_cache.serving import set_up
 from portable_cache.verification import eager_logits, generated_logits, largest_margin
 
@@ -48,21 +48,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
             {
                 "prompt_length": length,
                 "largest_margin": largest_margin(eager, prompt, forced),
-                **{mode: _errors(found, expected) for mode, found in candidates.items()},
+                **{mode: logit_errors(found, expected) for mode, found in candidates.items()},
             }
         )
-    return {
-        "kind": "equivalence",
-        "approach": APPROACH,
-        "environment": environment(),
-        "dtype": target.dtype_name,
-        "slots": ready.plan.slots,
-        "reference": "eager float32",
-        "steps": steps,
-        "rows": rows,
-    }
-
-
-def _errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    difference = (found - expected).abs() / expected.std()
-    return {"mean_abs_error": float(difference.mean()), "max_abs_error": float(difference.max())}
+    return logits_document(APPROACH, target.dtype_name, ready.plan.slots, steps, rows)

@@ -142,16 +142,6 @@ class LoadFlags:
 
 
 @dataclass(frozen=True)
-class EquivalenceFlags:
-    """equivalence"""
-
-    logit_prompt_lengths: tuple[int, ...] = flag(
-        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
-    )
-    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
-
-
-@dataclass(frozen=True)
 class BuildSettings:
     """Every flag of a build, by group."""
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from aotinductor.base import BaseGenerator, pad_right
-from aotinductor.flags import APPROACH, EquivalenceFlags, RunSettings
+from aotinductor.flags import APPROACH, RunSettings
 from aotinductor.lengths import Bounds, find_plan
 from aotinductor.loading import Engine, load_package
 from aotinductor.serving import wants_cuda_graph
-from common.cli import Console
+from common.cli import Console, EquivalenceFlags
 from common.measures import Stages, process_start
 from common.prompts import load_codec
-from common.report import environment
+from common.report import logit_errors, logits_document
 from common.target import choose_target, load_model
 
 if TYPE_CHECKING:
@@ -47,18 +47,9 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
             "eager": eager_logits(eager, prompt, forced),
             "load": engine_logits(loaded.engine, plan.bounds, prompt, forced),
         }
-        errors = {mode: describe_errors(found, expected) for mode, found in candidates.items()}
+        errors = {mode: logit_errors(found, expected) for mode, found in candidates.items()}
         rows.append({"prompt_length": length, **errors})
-    return {
-        "kind": "equivalence",
-        "approach": APPROACH,
-        "environment": environment(),
-        "dtype": target.dtype_name,
-        "slots": plan.slots,
-        "reference": "eager float32",
-        "steps": steps,
-        "rows": rows,
-    }
+    return logits_document(APPROACH, target.dtype_name, plan.slots, steps, rows)
 
 
 @torch.no_grad()
@@ -96,14 +87,3 @@ def engine_logits(
         engine.decode()
         rows.append(engine.logits.float().cpu())
     return torch.cat(rows)
-
-
-def describe_errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Return absolute errors in standard deviations of the expected logits, and equal choices."""
-    difference = (found - expected).abs() / expected.std()
-    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    return {
-        "mean_abs_error": float(difference.mean()),
-        "max_abs_error": float(difference.max()),
-        "same_top_token_share": float(same),
-    }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts import ArtifactPair, TrustFlags
-from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int, positive_ints
+from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int
 from common.store import FetchFlags, PublishFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -156,16 +156,6 @@ class LoadFlags:
         "pad each sequence to the next of the metadata's buckets instead of the next multiple: "
         "fewer shapes, more work",
     )
-
-
-@dataclass(frozen=True)
-class EquivalenceFlags:
-    """equivalence"""
-
-    logit_prompt_lengths: tuple[int, ...] = flag(
-        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
-    )
-    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
 
 
 @dataclass(frozen=True)

@@ -342,3 +342,13 @@ class BenchmarkFlags:
         "also measure each mode at these prompt lengths in tokens, like 8,128,512",
         parse=positive_ints,
     )
+
+
+@dataclass(frozen=True)
+class EquivalenceFlags:
+    """equivalence"""
+
+    logit_prompt_lengths: tuple[int, ...] = flag(
+        (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
+    )
+    logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)

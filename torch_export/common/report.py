@@ -258,3 +258,49 @@ def _largest_stages(document: dict, mode: str, *left_out: str) -> str:
     means = {name: sum(stages.get(name, 0.0) for stages in runs) / len(runs) for name in names}
     largest = sorted(means.keys() - left_out, key=means.__getitem__, reverse=True)[:3]
     return ", ".join(f"{name} takes {means[name]:.2f} s" for name in largest)
+
+
+def logits_document(approach: str, dtype: str, slots: int | None, steps: int, rows: list) -> dict:
+    """Return the result of check_equivalence: logits beside those of the model in float32, eager.
+
+    A row per prompt length, with the `logit_errors` of `eager` in `dtype` and of `load`.
+    """
+    return {
+        "kind": "equivalence",
+        "approach": approach,
+        "environment": environment(),
+        "dtype": dtype,
+        "slots": slots,
+        "reference": "eager float32",
+        "steps": steps,
+        "rows": rows,
+    }
+
+
+def logit_errors(found, expected) -> dict[str, float]:
+    """Return absolute errors in standard deviations of the expected logits, and equal choices.
+
+    Both are (steps, vocab) float32 on the CPU.
+    """
+    difference = (found - expected).abs() / expected.std()
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    return {
+        "mean_abs_error": float(difference.mean()),
+        "max_abs_error": float(difference.max()),
+        "same_top_token_share": float(same),
+    }
+
+
+def logits_table(document: dict) -> str:
+    """Return mean and largest error of eager and of the artifact, a row per prompt length."""
+    header = ["prompt tokens", "eager mean", "eager max", "load mean", "load max", "same choice"]
+    columns = [(mode, f"{of}_abs_error") for mode in ("eager", "load") for of in ("mean", "max")]
+    rows = [
+        [
+            str(row["prompt_length"]),
+            *(f"{row[mode][error]:.2g}" for mode, error in columns),
+            f"{row['load']['same_top_token_share']:.0%}",
+        ]
+        for row in document["rows"]
+    ]
+    return markdown_table(header, rows)
