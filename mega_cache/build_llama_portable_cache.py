@@ -27,13 +27,12 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
     open_driver(settings.shared.device)
-    with private_compiler_caches():
+    with private_compiler_caches(), building(pair, console):
         check_target(pair, NEEDED_BYTES)
-        with building(pair, console):
-            # imported late: --help answers without torch, and bad flags without its seconds
-            from portable_cache.building import build
+        # imported late: --help answers without torch, and bad flags without its seconds
+        from portable_cache.building import build
 
-            document = build(settings, console)
+        document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
     publish(pair, settings.store.publish, APPROACH, console)
