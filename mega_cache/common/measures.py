@@ -150,16 +150,15 @@ def _quotient(above: float, below: float) -> float | None:
 
 # --- stages ----------------------------------------------------------------------------------
 
-# set by a parent that measures: seconds of the monotonic clock, which all processes of one
-# machine share, read just before the spawn
+# set by a measuring parent just before the spawn: seconds of the clock that all processes share
 START_VARIABLE = "LLAMA_START_MONOTONIC"
 
 
 def process_start() -> float:
     """Return when this process began, in seconds of `time.monotonic()`, interpreter included.
 
-    Taken from the measuring parent if there is one. Otherwise from the kernel, whose clock ticks
-    are 10 ms; a shell wrapper that `exec`s us counts too, since it is the same process.
+    Without a measuring parent it is the kernel's word, in ticks of 10 ms; a shell wrapper that
+    `exec`s us counts too, since it is the same process.
     """
     if START_VARIABLE in os.environ:
         return float(os.environ[START_VARIABLE])

@@ -22,10 +22,7 @@ SCHEMA = 1
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine and the stack; what cannot be told is None.
-
-    Imports nothing new: a process that has no torch yet gets the GPU's fields as None.
-    """
+    """Return the machine and the stack, None where unknown: the GPU, before torch is imported."""
     return gpu_environment() | _stack() | ({"rehearsal": True} if in_rehearsal() else {})
 
 
@@ -97,10 +94,7 @@ def write_json(document: dict, path: Path | None) -> None:
 
 
 def as_json_text(document: dict) -> str:
-    """Return indented JSON: an array of numbers on one line, and no place of this machine named.
-
-    A result file is made to be handed on.
-    """
+    """Return JSON to be handed on: no place of this machine, an array of numbers on one line."""
     text = json.dumps(document, indent=2, allow_nan=False)
     text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda array: " ".join(array[0].split()), text)
     places = {
@@ -130,12 +124,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Return a figure, or the mean of a summary, as text; unknown is a dash, never 0.
-
-    A counter is whole where all trials agree. Text stays what it is.
-    """
+    """Return a figure, or the mean of a summary, as text; unknown is a dash, never 0."""
     if isinstance(value, dict):
-        if isinstance(value["min"], int):
+        if isinstance(value["min"], int):  # a counter: whole where all trials agree
             digits = 0 if value["min"] == value["max"] else 1
         value = value["mean"]
     if value is None:
@@ -147,10 +138,8 @@ def tell(document: dict, verbose: bool) -> str:
     """Return the tables of a compare or benchmark result, and what they say in words."""
     if document["kind"] == "compare":
         return f"{compare_table(document, verbose)}\n\n{compare_words(document)}"
-    tables = [benchmark_table(document, verbose)]
-    if sweep := document.get("sweep"):
-        tables.append(sweep_table(sweep))
-    return "\n\n".join([*tables, benchmark_words(document)])
+    sweep = [sweep_table(document["sweep"])] if "sweep" in document else []
+    return "\n\n".join([benchmark_table(document, verbose), *sweep, benchmark_words(document)])
 
 
 def compare_table(document: dict, verbose: bool = False) -> str:
