@@ -10,8 +10,8 @@ from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan
-from common.cli import CompareFlags, ComparisonFlags, Console, config_of, parse_flags
-from common.compare import compare, trial_words
+from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
+from common.compare import Subject, compare
 from common.errors import UsageError, run_script
 from common.report import write_json
 from common.toolchain import open_driver
@@ -28,16 +28,8 @@ def main(argv: Sequence[str]) -> None:
         return run_once(settings)
     if settings.store.fetch is None:
         find_plan(settings)  # a disagreement shows before any trial
-    compare(
-        APPROACH,
-        Path(__file__),
-        trial_words((CompareFlags, ComparisonFlags), argv, settings.prompt),
-        {"load": LOAD, "skip": SKIP},
-        settings.shared,
-        comparing,
-        results,
-        config_of(settings, comparing),
-    )
+    modes = {"load": LOAD, "skip": SKIP}
+    compare(Subject(APPROACH, Path(__file__), modes, argv, settings, comparing, results))
     return None
 
 

@@ -128,7 +128,7 @@ def _start_upload(
 
 def _time_upload(upload: Upload, stages: Stages) -> None:
     """Book how long the weights travel, most of it behind other stages."""
-    with stages.behind("weights"):
+    with stages.stage("weights", hidden=True):
         for thread in upload.threads:
             thread.join()
 
