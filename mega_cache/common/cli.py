@@ -23,8 +23,7 @@ class Console:
     """Results on stdout, all else on stderr; `quiet` keeps warnings and results only."""
 
     def __init__(self, quiet: bool, verbose: bool = False):
-        self.quiet = quiet
-        self.verbose = verbose
+        self.quiet, self.verbose = quiet, verbose
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -54,10 +53,7 @@ def flag(default: Any, help: str, *, parse=None, choices=None, often: bool = Fal
 def parse_flags(
     description: str, groups: Sequence[type], argv: Sequence[str] | None, **defaults: Any
 ) -> tuple:
-    """Return one instance per group; bad flags end the process with exit status 2.
-
-    `defaults` are those that this script has of its own.
-    """
+    """Return one instance per group; `defaults` are the script's own. Bad flags exit with 2."""
     parser = _make_parser(description, groups, defaults)
     values = vars(parser.parse_args(argv))
     try:
@@ -202,12 +198,8 @@ class SharedFlags:
         "random:tiny, random:1b, random:3b, random:8b",
         often=True,
     )
-    device: str = flag(
-        "auto", "where to run; auto is CUDA when there is one", choices=("auto", "cuda", "cpu")
-    )
-    dtype: str = flag(
-        "auto", "of weights; auto is bfloat16 on CUDA and float32 on CPU", choices=DTYPES
-    )
+    device: str = flag("auto", "auto: CUDA when there is one", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("auto", "of weights, auto: bfloat16 on CUDA, float32 on CPU", choices=DTYPES)
     seed: int = flag(0, "of sampling and of synthetic prompts", parse=non_negative_int)
     json: Path | None = flag(None, "file to write the whole result to, as JSON", often=True)
     verbose: bool = flag(False, "print every measure", often=True)
@@ -224,14 +216,10 @@ class PromptFlags:
         "text, or - to read it from stdin",
         often=True,
     )
-    prompts_file: Path | None = flag(
-        None, "file with one prompt a line, each a request of this process"
-    )
+    prompts_file: Path | None = flag(None, "one prompt a line, each a request of this process")
     chat: bool = flag(False, "put the prompt through the tokenizer's chat template")
     prompt_length: int = flag(
-        0,
-        "tokens of a synthetic prompt to use instead of the text; 0 is off",
-        parse=non_negative_int,
+        0, "tokens of a synthetic prompt instead of the text; 0 is off", parse=non_negative_int
     )
     max_new_tokens: int = flag(128, "tokens to generate at most", parse=positive_int, often=True)
     ignore_eos: bool = flag(False, "go on to --max-new-tokens past an end-of-sequence token")
@@ -291,9 +279,7 @@ class BenchmarkFlags:
     modes: tuple[str, ...] = flag(MODES[:3], "to measure", parse=mode_names, often=True)
     repeats: int = flag(2, "processes per mode", parse=positive_int, often=True)
     sweep_prompt_lengths: tuple[int, ...] = flag(
-        (),
-        "also measure each mode at these prompt lengths in tokens, like 8,128,512",
-        parse=positive_ints,
+        (), "also measure at these prompt lengths in tokens, like 8,128,512", parse=positive_ints
     )
 
 

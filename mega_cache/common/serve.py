@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def run_document(
         "environment": environment(),
         "config": config,
         "metrics": run_metrics(requests, setup_seconds, stages.elapsed()),
-        "decode": _decode_rates(target, requests, len(first.prompt_ids)),
+        "decode": _decode_rates(target, served),
         "stages": stages.seconds,
         "hidden_stages": stages.hidden,
         "requests": [asdict(request) for request in requests],
@@ -128,18 +129,26 @@ def run_document(
     }
 
 
-def _decode_rates(
-    target: Target, requests: Sequence[Request], prompt_tokens: int
-) -> dict[str, float | None]:
+def _decode_rates(target: Target, served: Sequence[Served]) -> dict[str, float | None]:
     """Return what one token of the decode took, and the bytes that it must read at least.
 
-    K and V count as far as slots are filled: prompt and half of the new tokens, on average. Slots
-    that are allocated and masked do not, nor does padding.
+    That is every weight once, except the embedding table, of which one row is looked up (a tied
+    one is read whole as the output layer), and K and V of the slots that are filled on average:
+    the prompt's and half of the new tokens', but neither masked ones nor padding. The bytes are
+    None where the folder holds the configuration only, because the artifact brings the weights.
     """
-    seconds = decode_seconds_per_token(requests)
-    needed = _bytes_per_token(target, prompt_tokens + requests[0].new_tokens / 2)
-    peak = device_bandwidth(target.device)
+    checkpoint, needed = target.checkpoint, None
+    with suppress(FileNotFoundError):
+        stored = list_checkpoint(checkpoint.folder)
+        tied = checkpoint.config.get("tie_word_embeddings", False)
+        unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
+        weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
+        slot = checkpoint.config["num_hidden_layers"] * checkpoint.kv_heads * checkpoint.head_dim
+        slots = len(served[0].prompt_ids) + served[0].request.new_tokens / 2
+        needed = (weights + slots * 2 * slot) * target.dtype.itemsize
+    seconds = decode_seconds_per_token([one.request for one in served])
     rate = needed / seconds if needed and seconds else None
+    peak = device_bandwidth(target.device)
     return {
         "seconds_per_token": seconds,
         "tokens_per_second": 1 / seconds if seconds else None,
@@ -148,26 +157,6 @@ def _decode_rates(
         "device_bytes_per_second": peak,
         "bandwidth_share": rate / peak if rate and peak else None,
     }
-
-
-def _bytes_per_token(target: Target, filled_slots: float) -> float | None:
-    """Return the bytes that decoding one token must read at least, at batch size 1.
-
-    Every weight once, except the embedding table, of which one row is looked up (a tied one is
-    read whole as the output layer), and K and V of the filled slots. None where the folder holds
-    the configuration only, because the artifact brings the weights.
-    """
-    checkpoint = target.checkpoint
-    try:
-        stored = list_checkpoint(checkpoint.folder)
-    except FileNotFoundError:
-        return None
-    tied = checkpoint.config.get("tie_word_embeddings", False)
-    unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
-    weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
-    layers = checkpoint.config["num_hidden_layers"]
-    slot = 2 * layers * checkpoint.kv_heads * checkpoint.head_dim  # K and V
-    return (weights + filled_slots * slot) * target.dtype.itemsize
 
 
 def print_run(document: dict, console: Console) -> None:
@@ -195,11 +184,8 @@ def print_run(document: dict, console: Console) -> None:
             text += f" ({speed['bandwidth_share']:.0%} of the GPU's bandwidth)"
         console.say(text)
     if console.verbose:
-        rows = [
-            [one.label, f"{number(metrics[one.key])} {one.unit}"]
-            for one in MEASURES
-            if metrics[one.key] is not None
-        ]
+        known = [one for one in MEASURES if metrics[one.key] is not None]
+        rows = [[one.label, f"{number(metrics[one.key])} {one.unit}"] for one in known]
         rows += [[f"stage: {name}", f"{seconds:.3f} s"] for name, seconds in stages.items()]
         hidden = document["hidden_stages"].items()
         rows += [[f"behind them: {name}", f"{seconds:.3f} s"] for name, seconds in hidden]

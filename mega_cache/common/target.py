@@ -34,16 +34,12 @@ class Target:
     def describe_model(self) -> dict[str, Any]:
         """Return what an artifact's metadata says of the model."""
         one = self.checkpoint
-        return {
-            "id": one.model_id,
-            "revision": one.revision,
-            "config_digest": one.config_digest,
-            "dtype": self.dtype_name,
-        }
+        names = {"id": one.model_id, "revision": one.revision}
+        return names | {"config_digest": one.config_digest, "dtype": self.dtype_name}
 
 
 def choose_target(flags: SharedFlags, console: Console) -> Target:
-    """Return what the flags name: auto is CUDA in bfloat16 when there is one, else float32."""
+    """Return what the flags name, and keep off stderr what the compiler says that is no news."""
     device = torch.device("cpu")
     if flags.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -54,7 +50,12 @@ def choose_target(flags: SharedFlags, console: Console) -> Target:
         )
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, usual if flags.dtype == "auto" else flags.dtype)
-    _quiet_compiler_logs(device, console.quiet)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    if console.quiet:
+        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
+    if console.quiet or device.type != "cuda":  # a skipped CUDA graph is news where there is a GPU
+        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     return Target(resolve_checkpoint(flags.model_id, console), device, dtype)
 
 
@@ -83,19 +84,6 @@ def device_bandwidth(device: torch.device) -> float | None:
     bits = getattr(properties, "memory_bus_width", 0)
     # two transfers a clock; a driver that no longer tells the clock says 0
     return 2 * kilohertz * 1e3 * bits / 8 or None
-
-
-def _quiet_compiler_logs(device: torch.device, quiet: bool) -> None:
-    """Keep off stderr what the compiler says that is no news: advice, and skipped CUDA graphs.
-
-    On a GPU a skipped CUDA graph is news, but for a user who wants none (--quiet).
-    """
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    if quiet:
-        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
-    if quiet or device.type != "cuda":
-        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_model(target: Target) -> "PreTrainedModel":

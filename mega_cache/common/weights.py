@@ -13,7 +13,6 @@ import ctypes
 import json
 import math
 import os
-import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -76,12 +75,9 @@ def read_header(path: Path) -> list[Stored]:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({size} bytes): download it again"
-            )
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"{path} is cut off or no safetensors file: download it again")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     stored = []
@@ -131,10 +127,8 @@ def start_upload(
     for one, place in places.items():
         for begin, part in _cut(one, place):
             work.put((files[one.path], begin, one.dtype, part))
-    upload.threads = [
-        threading.Thread(target=_read, args=(work, device, ready, upload.failures))
-        for _ in range(_READERS)
-    ]
+    arguments = (work, device, ready, upload.failures)
+    upload.threads = [threading.Thread(target=_read, args=arguments) for _ in range(_READERS)]
     for thread in upload.threads:
         thread.start()
     return upload
@@ -193,9 +187,7 @@ def _read(work: SimpleQueue, device: torch.device, ready, failures: list[Excepti
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream), suppress(Empty):
             stream.wait_event(ready)
-            buffers = [
-                torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
-            ]
+            buffers = torch.empty(2, _STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
             copied = [torch.cuda.Event(), torch.cuda.Event()]
             turn = 0
             while not failures:

@@ -13,14 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
 _ARCHITECTURE = (
@@ -119,17 +115,15 @@ def _download(model_id: str) -> Path:
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=_FILES, ignore_patterns="*/*"))
-    except errors.HFValidationError as error:
-        raise UsageError(
-            f"{model_id!r} is neither a folder here, nor a preset, nor a Hub id: {line(error)}"
-        ) from error
     except errors.GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
         raise EnvironmentProblemError(
             f"{line(error)} Ask for access on its Hub page, then set HF_TOKEN; "
             "or try --model-id random:3b, the same shape without a licence"
         ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UsageError(f"the Hub has no model {model_id!r}: {line(error)}") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UsageError(
+            f"{model_id!r} is neither a folder here, nor a preset, nor a Hub id: {line(error)}"
+        ) from error
     # the Hub's own error has its HTTP client's for a base, and what httpx raises is no OSError;
     # UnicodeEncodeError: a token that no header can carry
     except (OSError, UnicodeEncodeError, *errors.HfHubHTTPError.__bases__) as error:
@@ -223,18 +217,16 @@ def materialize(config: dict[str, Any], folder: Path, console: Console, seed: in
     draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
     with FileLock(folder.with_name(f".{folder.name}.lock")), draft as temporary:
         if not folder.is_dir():  # else another process was faster
-            model = _make_model(config, seed)
-            billions = model.num_parameters() / 1e9
-            console.say(f"writing random weights ({billions:.3f} B parameters) to {folder}")
             made = Path(temporary, "checkpoint")
-            model.save_pretrained(made)
+            console.say(f"writing random weights to {folder}")
+            _write_model(config, seed, made)
             _write_tokenizer(made)
             made.rename(folder)
     return folder
 
 
-def _make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
-    """Return the model on the CPU with its random weights: the same ones on every machine.
+def _write_model(config: dict[str, Any], seed: int, folder: Path) -> None:
+    """Write configuration and random weights: the same ones on every machine.
 
     Each weight is drawn on the CPU from the seed and its own name, so neither a GPU nor the number
     of threads changes it.
@@ -247,20 +239,21 @@ def _make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
         model = LlamaForCausalLM(LlamaConfig(**own))
     dtype = getattr(torch, config["dtype"])
 
-    def draw(named: "tuple[str, torch.Tensor]") -> "tuple[str, torch.Tensor]":
-        name, empty = named
+    def draw(name: str) -> torch.Tensor:
+        shape = model.get_parameter(name).shape
         if "norm" in name:
-            return name, torch.ones(empty.shape, dtype=dtype)
+            return torch.ones(shape, dtype=dtype)
         own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]
         generator = torch.Generator().manual_seed(int.from_bytes(own_seed, "big"))
-        weight = torch.randn(empty.shape, generator=generator)
-        return name, weight.mul_(config["initializer_range"]).to(dtype)
+        weight = torch.randn(shape, generator=generator)
+        return weight.mul_(config["initializer_range"]).to(dtype)
 
+    names = [name for name, _ in model.named_parameters()]  # a tied weight comes once
     with ThreadPoolExecutor() as pool:  # random numbers are drawn outside the GIL
-        weights = dict(pool.map(draw, model.named_parameters()))
-    model.load_state_dict(weights, strict=False, assign=True)  # a tied weight comes once
+        weights = dict(zip(names, pool.map(draw, names), strict=True))
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    return model
+    model.save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -35,10 +35,7 @@ class TextCodec:
             return self.tokenizer.encode(prompt).ids
         if self.chat_template is None:
             raise UsageError("the checkpoint has no chat template: leave --chat out")
-        return self.tokenizer.encode(self._in_chat(prompt), add_special_tokens=False).ids
-
-    def _in_chat(self, prompt: str) -> str:
-        """Render the template as transformers does: same sandbox, same trimming, same helpers."""
+        # rendered as transformers does: same sandbox, same trimming, same helpers
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(message: str) -> None:
@@ -48,9 +45,10 @@ class TextCodec:
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         messages = [{"role": "user", "content": prompt}]
-        return environment.from_string(self.chat_template or "").render(
+        text = environment.from_string(self.chat_template).render(
             messages=messages, add_generation_prompt=True, tools=None, **self.special
         )
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)

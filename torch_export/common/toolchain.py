@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,23 +28,11 @@ from common.errors import EnvironmentProblemError
 if TYPE_CHECKING:
     import torch
 
-
+# variable in which a user may name a compiler -> what torch or Triton take otherwise: the first one
+# that is there; the first is also its package for apt-get
+_COMPILERS = {"CC": ("gcc", "clang"), "CXX": ("g++",)}
 _CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
 _MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A compiler as torch or Triton looks for it: what the variable names, else the first found."""
-
-    language: str  # as messages call it
-    suffix: str
-    variable: str
-    names: tuple[str, ...]  # the first is also its package for apt-get
-
-
-C = Compiler("C", ".c", "CC", ("gcc", "clang"))
-CXX = Compiler("C++", ".cpp", "CXX", ("g++",))
 
 
 def prepare_toolchain(device: "torch.device", host_code: bool, console: Console) -> None:
@@ -55,14 +43,14 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
     """
     python = ["-I", sysconfig.get_path("include")]
     if device.type == "cpu":
-        check_compiles(CXX, ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
+        check_compiles("CXX", ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
         check_openssl()
     else:
         home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         driver = ["-L", str(home / "lib64"), "-lcuda"]
-        check_compiles(C, ("Python.h",), [*python, *driver])  # Triton's launcher
+        check_compiles("CC", ("Python.h",), [*python, *driver])  # Triton's launcher
         if host_code:
-            check_compiles(CXX, _CUDA_HEADERS, ["-I", str(home / "include"), *driver])
+            check_compiles("CXX", _CUDA_HEADERS, ["-I", str(home / "include"), *driver])
             check_openssl()
         # where Triton looks, and torch's extension builder for Inductor
         os.environ.setdefault("TRITON_LIBCUDA_PATH", str(home / "lib64"))
@@ -72,18 +60,19 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
     _show_tuning_as_progress(console)
 
 
-def check_compiles(compiler: Compiler, headers: Sequence[str], flags: Sequence[str]) -> None:
+def check_compiles(variable: str, headers: Sequence[str], flags: Sequence[str]) -> None:
     """Compile and link a file that includes `headers`; raise with the cure when that fails."""
-    named = os.environ.get(compiler.variable)
-    wanted = [named] if named else compiler.names
+    language, suffix = ("C", ".c") if variable == "CC" else ("C++", ".cpp")
+    named = os.environ.get(variable)
+    wanted = (named,) if named else _COMPILERS[variable]
     command = next(filter(None, map(shutil.which, wanted)), None)
     if command is None:
         raise EnvironmentProblemError(
-            f"no {compiler.language} compiler: {' or '.join(wanted)} is not on PATH; install one "
-            f"(apt-get install {compiler.names[0]}) or name it in {compiler.variable}"
+            f"no {language} compiler: {' or '.join(wanted)} is not on PATH; install one "
+            f"(apt-get install {_COMPILERS[variable][0]}) or name it in {variable}"
         )
     with tempfile.TemporaryDirectory(prefix="llama-toolchain-") as folder:
-        source = Path(folder, f"probe{compiler.suffix}")
+        source = Path(folder, f"probe{suffix}")
         source.write_text("".join(f"#include <{header}>\n" for header in headers))
         ended = subprocess.run(
             [command, str(source), "-shared", "-fPIC", "-o", f"{folder}/probe.so", *flags],
@@ -111,7 +100,7 @@ def _cure(header: str) -> str:
             "use a Python that brings them (uv, conda, pyenv)"
         )
     if header in ("vector", "omp.h"):
-        return f"install the compiler's own libraries (apt-get install {CXX.names[0]})"
+        return "install the compiler's own libraries (apt-get install g++)"
     import torch
 
     # the wheel that has it, for this torch's CUDA
@@ -196,14 +185,11 @@ def open_driver(device: str) -> None:
     """
 
     def make_context() -> None:
-        try:
-            driver = ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            return
-        context = ctypes.c_void_p()
-        # of the first visible GPU, torch's own choice; kept until the process ends, as torch does
-        if driver.cuInit(0) == 0:
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+        with suppress(OSError):  # no such library
+            driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+            # of the first visible GPU, torch's own choice; kept until the end, as torch keeps it
+            if driver.cuInit(0) == 0:
+                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
 
     if device != "cpu":
         threading.Thread(target=make_context, daemon=True).start()
