@@ -58,7 +58,6 @@ def load_artifact(
     except (ArtifactDamagedError, ArtifactMismatchError) as error:
         raise type(error)(f"{pair.path}: {error}") from error
     watch.restored.update(loaded.restored)
-    hits.know_keys(key for keys in loaded.graph_keys.values() for key in keys)
     return Loaded(pair, manifest, verified.verify_seconds, loaded, lookups)
 
 
@@ -98,7 +97,7 @@ def _lookups_of(pair: ArtifactPair, manifest: Manifest) -> list[hits.Lookup]:
     try:
         if not isinstance(manifest.details["decode_steps"], dict):
             raise TypeError("decode_steps")
-        return hits.parse_lookups(manifest.details["graphs"])
+        return [hits.Lookup(**record) for record in manifest.details["graphs"]]
     except (KeyError, TypeError) as error:
         raise ArtifactDamagedError(
             f"{pair.metadata_path} does not list the graphs of its build ({error}): "

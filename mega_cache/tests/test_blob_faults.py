@@ -98,10 +98,8 @@ def test_two_hundred_blobs_with_right_checksums_are_read_to_an_end(pair):
     good = pair.path.read_bytes()
     began = time.monotonic()
     for _, damaged in zip(range(200), mutations(good, random.Random(4)), strict=False):
-        blob = with_checksum(damaged)
-        if len(blob) >= 12 and bundle.is_framed(blob):
-            bundle.CacheArtifactManager.deserialize(blob)
-    assert bundle.is_framed(good)
+        bundle.CacheArtifactManager.deserialize(with_checksum(damaged))
+    assert bundle.CacheArtifactManager.deserialize(good)
     assert time.monotonic() - began < 60
 
 
