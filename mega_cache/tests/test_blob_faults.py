@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from faults import edit_metadata, mutations, put
+from faults import mutations, put
 from helpers import CACHE_VARIABLES, run_script
-from test_faults import DAMAGED, ENVIRONMENT, MISMATCH, UNTRUSTED, pair, refusal, server
+from test_faults import DAMAGED, ENVIRONMENT, UNTRUSTED, pair, refusal, server
 
 from portable_cache import bundle
 
@@ -108,24 +108,6 @@ def test_forty_mutated_blobs_with_right_hashes_are_refused(pair, refusal):
     for _ in range(40):
         put(pair, next(damaged))
         refusal(DAMAGED)
-
-
-@pytest.mark.parametrize("value", [..., None, [1], [{}], [{"cache": 1}]])
-def test_metadata_without_its_graphs_is_refused(value, pair, refusal):
-    edit_metadata(pair, details__graphs=value)
-    assert "does not list the graphs of its build" in refusal(DAMAGED)
-
-
-@pytest.mark.parametrize("value", [..., None, "128", [None], [[]], ["8"], [True], [1.5], [-4]])
-def test_lengths_that_are_none_are_a_mismatch(value, pair, refusal):
-    edit_metadata(pair, recipe__prefill_lengths=value)
-    assert "prefill_lengths: built with" in refusal(MISMATCH)
-
-
-@pytest.mark.parametrize("value", [..., None, [], "24"])
-def test_metadata_without_its_decode_steps_is_refused(value, pair, refusal):
-    edit_metadata(pair, details__decode_steps=value)
-    assert "does not list" in refusal(DAMAGED)
 
 
 OFF = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
