@@ -36,9 +36,8 @@ _BESIDE_LIBRARY = _CODE_ONLY | (
 
 
 def compile_base_package(
-    model, bounds: Bounds, example_seq_len: int, path: Path,
-    embed_weights: bool, max_autotune: bool,
-) -> dict:  # fmt: skip
+    model, bounds: Bounds, example_seq_len: int, path: Path, embed_weights: bool, max_autotune: bool
+) -> dict:
     """Write `path` with the base graph; return the metadata's `details`.
 
     With its weights it is compiled twice: a model either brings its weights, which the plain loader
