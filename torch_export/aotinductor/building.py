@@ -11,7 +11,7 @@ from aotinductor.flags import APPROACH, BuildSettings, GraphFlags
 from aotinductor.lengths import make_bounds
 from aotinductor.recipe import make_recipe
 from aotinductor.runtime_compile import open_fresh_package
-from aotinductor.verify import verify_base, verify_kv
+from aotinductor.verify import verify_package
 from common.artifacts import check_target, write_pair
 from common.cli import Console
 from common.manifest import SCHEMA, Manifest
@@ -75,11 +75,7 @@ def produce(
         else:
             details = compile_kv_package(model, bounds, slots, example, path, embed, max_autotune)
     with shown(stages, "verify", console):
-        engine = open_fresh_package(path, details, model)
-        if slots is None:
-            checks = verify_base(engine.step, model, bounds)
-        else:
-            checks = verify_kv(engine, model, bounds, slots)
+        checks = verify_package(open_fresh_package(path, details, model), model, bounds)
     return details | {"verified": True, "verification": checks}
 
 

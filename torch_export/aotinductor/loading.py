@@ -12,8 +12,7 @@ import torch
 
 from aotinductor.base import BaseGenerator, Step
 from aotinductor.flags import APPROACH
-from aotinductor.kv_cache import CacheShape, rope_table
-from aotinductor.kv_generation import Generator
+from aotinductor.kv_generation import CacheShape, Generator, rope_table
 from aotinductor.lengths import Plan
 from aotinductor.package import (
     Constant,
@@ -93,7 +92,7 @@ def _load(
     details, device = manifest.details, target.device
     if manifest.recipe["kv_cache"] != ("cache" in details):
         raise ValueError("its metadata's recipe and details are of different graphs")
-    constants = [Constant.from_json(row) for row in details["constants"]]
+    constants = [Constant(**row) for row in details["constants"]]
     upload = _start_upload(path, constants, manifest, target)
     clock = threading.Thread(target=_time_upload, args=(upload, stages))
     clock.start()

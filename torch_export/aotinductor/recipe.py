@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from aotinductor.flags import BuildSettings
-from aotinductor.host_code import instruction_set
 from aotinductor.lengths import Bounds
+from aotinductor.package import instruction_set
 from common.manifest import Difference, Manifest, differences
 from common.report import package_version
 from common.target import Target

@@ -12,7 +12,7 @@ from aotinductor import kv_graphs
 from aotinductor.base import BaseGraph
 from aotinductor.compile_package import compile_base_package, compile_kv_package
 from aotinductor.flags import ShapeFlags
-from aotinductor.kv_cache import CacheShape
+from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Plan
 from aotinductor.loading import Engine, make_engine
 from aotinductor.package import Constant, find_in_package, make_values, open_model

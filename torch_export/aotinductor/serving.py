@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
+from aotinductor.kv_generation import make_sampler
 from aotinductor.lengths import Plan, find_plan, shape_differences
 from aotinductor.loading import Engine, load_package
 from aotinductor.recipe import find_differences
-from aotinductor.sampling import make_sampler
 from common.cli import Console, config_of
 from common.compile_counts import Watch, read_counts, watch_compilation
 from common.errors import UsageError
