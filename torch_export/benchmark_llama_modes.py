@@ -17,25 +17,21 @@ from common.compare import benchmark, trial_words
 from common.errors import run_script
 
 RUN_SCRIPT = Path(__file__).with_name("run_llama_aotinductor.py")
+MODES = {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER}
 NUM_REQUESTS = 50
 
 
 def main(argv: Sequence[str]) -> None:
-    groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
-    settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=NUM_REQUESTS)
+    own = (BenchmarkFlags, ComparisonFlags)
+    settings, flags, results = parse_flags(
+        __doc__, (RunSettings, *own), argv, num_requests=NUM_REQUESTS
+    )
     if settings.store.fetch is None:
         find_plan(settings)  # a disagreement shows before any trial
-    words = trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
-    benchmark(
-        APPROACH,
-        RUN_SCRIPT,
-        [f"--num-requests={settings.prompt.num_requests}", *words],
-        {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER},
-        settings.shared,
-        flags,
-        results,
-        config_of(settings, flags),
-    )
+    words = trial_words(own, argv, settings.prompt)
+    words = [f"--num-requests={settings.prompt.num_requests}", *words]
+    config = config_of(settings, flags)
+    benchmark(APPROACH, RUN_SCRIPT, words, MODES, settings.shared, flags, results, config)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Generator:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
 
         Raises ValueError if prompt or padding do not fit into the cache. That prefill takes the
-        length at all is for the caller to check (`lengths.check_kv_request`).
+        length at all is for the caller to check (`lengths.Plan.check_request`).
         """
         if not 0 < len(prompt) <= padded <= self.cache.slots:
             raise ValueError(
