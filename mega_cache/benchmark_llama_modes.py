@@ -8,8 +8,8 @@ compiles. Build the artifact first with ./build.sh.
 
 from collections.abc import Sequence
 
-from common.cli import BenchmarkFlags, ComparisonFlags, config_of, parse_flags
-from common.compare import benchmark, trial_words
+from common.cli import BenchmarkFlags, ComparisonFlags, parse_flags
+from common.compare import Subject, benchmark
 from common.errors import run_script
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
@@ -23,11 +23,7 @@ MODES = {
 def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
     settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=50, **UNTOLD)
-    # before the user's words, which win
-    words = [f"--num-requests={settings.prompt.num_requests}"]
-    words += trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
-    config = config_of(settings, flags)
-    benchmark(APPROACH, RUN_SCRIPT, words, MODES, settings.shared, flags, results, config)
+    benchmark(Subject(APPROACH, RUN_SCRIPT, MODES, argv, settings, flags, results))
 
 
 if __name__ == "__main__":

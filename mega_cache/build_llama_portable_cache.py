@@ -16,7 +16,7 @@ from common.report import markdown_table, write_json
 from common.store import publish
 from common.toolchain import open_driver
 from common.trials import private_compiler_caches
-from portable_cache.flags import APPROACH, BuildSettings, CacheFileFlags
+from portable_cache.flags import APPROACH, BuildSettings
 
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
@@ -27,13 +27,12 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
     open_driver(settings.shared.device)
-    with private_compiler_caches():
+    with private_compiler_caches(), building(pair, console):
         check_target(pair, NEEDED_BYTES)
-        with building(pair, console):
-            # imported late: --help answers without torch, and bad flags without its seconds
-            from portable_cache.building import build
+        # imported late: --help answers without torch, and bad flags without its seconds
+        from portable_cache.building import build
 
-            document = build(settings, console)
+        document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
     publish(pair, settings.store.publish, APPROACH, console)
@@ -41,10 +40,10 @@ def main(argv: Sequence[str]) -> None:
 
 def report(document: dict, settings: BuildSettings, console: Console) -> None:
     """Print what was saved, and the command that starts from it."""
-    details = document["details"]
+    details, files = document["details"], settings.files
     entries = ", ".join(f"{count} {kind}" for kind, count in details["entries"].items())
     rows = [
-        ["artifact", str(settings.files.cache_path)],
+        ["artifact", str(files.cache_path)],
         ["size", f"{document['file']['bytes'] / 1e6:.2f} MB"],
         ["entries", entries],
         ["KV caches", ", ".join(str(entry["slots"]) for entry in details["warmed"]) + " slots"],
@@ -52,11 +51,9 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
         ["build", f"{document['build_seconds']:.1f} s"],
     ]
     console.result(markdown_table(["saved", ""], rows))
-    words = ["--model-id", settings.shared.model_id]
-    if settings.files.cache_path != CacheFileFlags().cache_path:
-        words += ["--cache-path", str(settings.files.cache_path)]
-    if settings.files.metadata_path:
-        words += ["--metadata-path", str(settings.files.metadata_path)]
+    words = ["--model-id", settings.shared.model_id, "--cache-path", str(files.cache_path)]
+    if files.metadata_path:
+        words += ["--metadata-path", str(files.metadata_path)]
     console.say("start from it with:\n  ./run.sh " + shlex.join(words))
 
 

@@ -19,17 +19,14 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
-        from portable_cache.equivalence import compare_logits
-        from portable_cache.verification import check_differences
+        from portable_cache.verification import check_margin, compare_logits
 
         document = compare_logits(settings, flags, console)
     write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
     console.result(logits_table(document))
-    margins = {
-        f"a prompt of {row['prompt_length']} tokens": row["largest_margin"]
-        for row in document["rows"]
-    }
-    check_differences(margins, document["dtype"])
+    for row in document["rows"]:
+        what = f"a prompt of {row['prompt_length']} tokens"
+        check_margin(what, row["largest_margin"], document["dtype"])
 
 
 if __name__ == "__main__":

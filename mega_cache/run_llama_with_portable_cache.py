@@ -7,8 +7,8 @@
 
 from collections.abc import Sequence
 
-from common.cli import CompareFlags, ComparisonFlags, Console, config_of, parse_flags
-from common.compare import compare, trial_words
+from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
+from common.compare import Subject, compare
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.report import write_json
 from common.toolchain import open_driver
@@ -20,10 +20,8 @@ def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, CompareFlags, ComparisonFlags)
     settings, comparing, results = parse_flags(__doc__, groups, argv, **UNTOLD)
     if comparing.compare_load_vs_skip:
-        words = trial_words((CompareFlags, ComparisonFlags), argv, settings.prompt)
         modes = {mode: MODE_WORDS[mode] for mode in ("load", "skip")}
-        config = config_of(settings, comparing)
-        compare(APPROACH, RUN_SCRIPT, words, modes, settings.shared, comparing, results, config)
+        compare(Subject(APPROACH, RUN_SCRIPT, modes, argv, settings, comparing, results))
         return
     if results.plot:
         raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")

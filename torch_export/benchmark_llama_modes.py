@@ -12,30 +12,20 @@ from pathlib import Path
 
 from aotinductor.flags import APPROACH, EAGER, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan
-from common.cli import BenchmarkFlags, ComparisonFlags, config_of, parse_flags
-from common.compare import benchmark, trial_words
+from common.cli import BenchmarkFlags, ComparisonFlags, parse_flags
+from common.compare import Subject, benchmark
 from common.errors import run_script
 
 RUN_SCRIPT = Path(__file__).with_name("run_llama_aotinductor.py")
-NUM_REQUESTS = 50
+MODES = {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER}
 
 
 def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
-    settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=NUM_REQUESTS)
+    settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=50)
     if settings.store.fetch is None:
         find_plan(settings)  # a disagreement shows before any trial
-    words = trial_words((BenchmarkFlags, ComparisonFlags), argv, settings.prompt)
-    benchmark(
-        APPROACH,
-        RUN_SCRIPT,
-        [f"--num-requests={settings.prompt.num_requests}", *words],
-        {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER},
-        settings.shared,
-        flags,
-        results,
-        config_of(settings, flags),
-    )
+    benchmark(Subject(APPROACH, RUN_SCRIPT, MODES, argv, settings, flags, results))
 
 
 if __name__ == "__main__":

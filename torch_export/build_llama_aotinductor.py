@@ -22,14 +22,14 @@ from common.trials import private_compiler_caches
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
-    console = Console(settings.shared.quiet, settings.shared.verbose)
+    console, pair = Console(settings.shared.quiet, settings.shared.verbose), settings.files.pair()
     open_driver(settings.shared.device)
-    with private_compiler_caches(), building(settings.files.pair(), console):
+    with private_compiler_caches(), building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.building import build
 
         document = build(settings, console)
-    publish(settings.files.pair(), settings.store.publish, APPROACH, console)
+    publish(pair, settings.store.publish, APPROACH, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
 
@@ -37,45 +37,32 @@ def main(argv: Sequence[str]) -> None:
 def report(document: dict, settings: BuildSettings, console: Console) -> None:
     """Print what was saved, how close it is to eager, and the command that starts from it."""
     recipe, details = document["recipe"], document["details"]
-    lengths = f"{recipe['min_seq_len']} to {recipe['max_seq_len']} tokens"
-    multiple = recipe["dynamic_seq_multiple"]
-    static = f"{recipe['max_seq_len']} tokens (static)"
+    longest, multiple = recipe["max_seq_len"], recipe["dynamic_seq_multiple"]
+    lengths = f"{recipe['min_seq_len']} to {longest} tokens, x{multiple}"
+    saved = {
+        "artifact": str(settings.files.package_path),
+        "graphs": ", ".join(details["graphs"]),
+        "KV cache": f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none",
+        "weights": "in the package" if recipe["embed_weights"] else "bound at load",
+        "size": f"{document['file']['bytes'] / 1e6:.2f} MB",
+        "lengths": lengths if recipe["dynamic_seq_len"] else f"{longest} tokens (static)",
+        "build": f"{document['build_seconds']:.1f} s",
+    }
+    console.result(markdown_table(["saved", ""], list(saved.items())))
+    checks = details["verification"]
     rows = [
-        ["artifact", str(settings.files.package_path)],
-        ["graphs", ", ".join(details["graphs"])],
-        ["KV cache", f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none"],
-        ["weights", "in the package" if recipe["embed_weights"] else "bound at load"],
-        ["size", f"{document['file']['bytes'] / 1e6:.2f} MB"],
-        ["lengths", f"{lengths}, x{multiple}" if recipe["dynamic_seq_len"] else static],
-        ["build", f"{document['build_seconds']:.1f} s"],
+        [f"{value:.2e}" if isinstance(value, float) else str(value) for value in check.values()]
+        for check in checks
     ]
-    console.result(markdown_table(["saved", ""], rows))
-    checks = [
-        [
-            check["graph"],
-            str(check["tokens"]),
-            str(check["padded_tokens"]),
-            f"{check['max_absolute_difference']:.2e}",
-            f"{check['max_relative_difference']:.2e}",
-        ]
-        for check in details["verification"]
-    ]
-    header = ["graph", "tokens", "padded", "logits: max abs difference", "of the largest logit"]
-    console.result("\n" + markdown_table(header, checks))
-    console.say("start from it with:\n  " + start_command(settings))
-
-
-def start_command(settings: BuildSettings) -> str:
-    """Return the command that starts from the package; its device and dtype it knows itself."""
+    header = [name.replace("_", " ") for name in checks[0]]
+    console.result("\nlogits beside those of eager:\n\n" + markdown_table(header, rows))
+    # its device and dtype the package knows itself
     given = config_of(SharedFlags(settings.shared.model_id), settings.files)
     usual = config_of(SharedFlags(), PackageFileFlags())
-    words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in given.items()
-        if value != usual[name]
-    ]
-    one = [] if settings.shape.dynamic_seq_len else ["--max-new-tokens=1"]
-    return shlex.join(["./run.sh", *words, *one])
+    changed = [name for name in given if given[name] != usual[name]]
+    words = [f"--{name.replace('_', '-')}={given[name]}" for name in changed]
+    one = [] if recipe["dynamic_seq_len"] else ["--max-new-tokens=1"]
+    console.say("start from it with:\n  " + shlex.join(["./run.sh", *words, *one]))
 
 
 if __name__ == "__main__":

@@ -9,44 +9,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
-from aotinductor.lengths import find_plan
-from common.cli import CompareFlags, ComparisonFlags, Console, config_of, parse_flags
-from common.compare import compare, trial_words
+from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
 from common.errors import UsageError, run_script
-from common.report import write_json
 from common.toolchain import open_driver
 from common.trials import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
-    settings, comparing, results = parse_flags(
-        __doc__, (RunSettings, CompareFlags, ComparisonFlags), argv
-    )
-    if not comparing.compare_load_vs_skip:
-        if results.plot:
-            raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
-        return run_once(settings)
-    if settings.store.fetch is None:
-        find_plan(settings)  # a disagreement shows before any trial
-    compare(
-        APPROACH,
-        Path(__file__),
-        trial_words((CompareFlags, ComparisonFlags), argv, settings.prompt),
-        {"load": LOAD, "skip": SKIP},
-        settings.shared,
-        comparing,
-        results,
-        config_of(settings, comparing),
-    )
-    return None
+    groups = (RunSettings, CompareFlags, ComparisonFlags)
+    settings, comparing, results = parse_flags(__doc__, groups, argv)
+    if comparing.compare_load_vs_skip:
+        # imported here: a plain run starts without them
+        from aotinductor.lengths import find_plan
+        from common.compare import Subject, compare
 
-
-def run_once(settings: RunSettings) -> None:
-    console = Console(settings.shared.quiet, settings.shared.verbose)
+        if settings.store.fetch is None:
+            find_plan(settings)  # a disagreement shows before any trial
+        modes = {"load": LOAD, "skip": SKIP}
+        compare(Subject(APPROACH, Path(__file__), modes, argv, settings, comparing, results))
+        return
+    if results.plot:
+        raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
     open_driver(settings.shared.device)
+    console = Console(settings.shared.quiet, settings.shared.verbose)
     with private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.serving import run
+        from common.report import write_json
         from common.serve import print_run
 
         document = run(settings, console)

@@ -8,7 +8,6 @@ replaced meanwhile. So whoever is killed wherever, it finds the old pair or the 
 never needs to write. The next builder does step 3 for a dead one, or removes its rubbish.
 """
 
-import errno
 import grp
 import hashlib
 import os
@@ -19,29 +18,16 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from common import errors, manifest
 from common.cli import Console, flag, sha256_text
-from common.errors import (
-    ArtifactDamagedError,
-    ArtifactMismatchError,
-    ArtifactUntrustedError,
-    EnvironmentProblemError,
-    UsageError,
-    writing,
-)
-from common.manifest import (
-    MAX_BYTES,
-    Manifest,
-    dump_manifest,
-    parse_manifest,
-    raise_if_different,
-    rehearsal_differences,
-)
+from common.manifest import Manifest
 
 BLOCK_BYTES = 64 * 2**20  # part of the metadata's format: see content_digest
 _READ_BYTES = 2**20  # stays in a core's cache between read and digest
@@ -62,8 +48,10 @@ class TrustFlags:
     )
 
 
-@dataclass(frozen=True)
-class ArtifactPair:
+_NOT_TO_RUN = TrustFlags(trust_artifact=True)  # whoever wrote what is only looked at
+
+
+class ArtifactPair(NamedTuple):
     """Where an artifact's file and its metadata are."""
 
     path: Path
@@ -72,22 +60,12 @@ class ArtifactPair:
 
 @dataclass(frozen=True)
 class VerifiedArtifact:
-    """An artifact whose bytes are those of its metadata; the open file is what was checked.
-
-    `path_for_loader` opens that very file again, in this process, as long as `file` is open.
-    """
+    """An artifact whose bytes are those of its metadata; the open file is what was checked."""
 
     manifest: Manifest
-    path: Path  # for messages
     file: BinaryIO
-    path_for_loader: str
+    path_for_loader: str  # opens that very file again, in this process, as long as it is open
     verify_seconds: float
-
-    def __enter__(self) -> "VerifiedArtifact":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
 
 
 # --- building --------------------------------------------------------------------------------
@@ -95,37 +73,50 @@ class VerifiedArtifact:
 
 @contextmanager
 def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
-    """Hold the only right to build this pair, and clear up after builders that died."""
-    from filelock import Timeout
+    """Hold the only right to write this pair, with its folders made and dead builders cleared up.
 
-    pair = _prepared(pair)
-    with writing(pair.path):
-        lock = _lock(pair)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            console.say(f"another process is writing {pair.path}: waiting until it has finished")
-            lock.acquire()
+    Meanwhile nobody else may write to what this process makes: it would not be loaded.
+    """
+    from filelock import FileLock, Timeout
+
+    pair = _real(pair)
+    if pair.path == pair.metadata_path:
+        raise errors.UsageError(f"artifact and metadata are both {pair.path}: give different paths")
+    lock = FileLock(pair.path.with_name(f".{pair.path.name}.lock"))
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
     try:
+        for path in pair:
+            with errors.writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_dir():
+                    raise OSError("a folder is there")
+                tempfile.TemporaryFile(dir=path.parent).close()
+        with errors.writing(pair.path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                console.say(f"another process is writing {pair.path}: waiting until it is done")
+                lock.acquire()
         _recover(pair)
         if problem := origin_problem(pair.path.parent):
             console.warn(f"{problem}: loading from there will need --trust-artifact")
         yield
     finally:
         lock.release()
+        os.umask(before)
 
 
 def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
-    """Raise, before a long build, what would keep a pair of this size from being written."""
-    pair = _prepared(pair)
-    for path in (pair.path, pair.metadata_path):
-        with writing(path), tempfile.TemporaryFile(dir=path.parent):
-            pass
-    available = _available_bytes(pair.path.parent)
-    if available < needed_bytes:
-        raise EnvironmentProblemError(
-            f"{pair.path.parent} has room for {size_text(available)}, the artifact needs about "
-            f"{size_text(needed_bytes)}: make room, raise the file size limit, or choose another "
+    """Raise, before a long build, if a file of this size cannot be written there."""
+    folder = _real(pair).path.parent
+    room, limit = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY:
+        room = min(room, limit)
+    if room < needed_bytes:
+        raise errors.EnvironmentProblemError(
+            f"{folder} has room for {room / 1e6:.1f} MB, the artifact needs about "
+            f"{needed_bytes / 1e6:.1f} MB: make room, raise the file size limit, or choose another "
             "path"
         )
 
@@ -137,135 +128,78 @@ def write_pair(
 ) -> Manifest:
     """Replace the pair by what `produce` writes to the path it is given; return its manifest.
 
-    `make_manifest` is given the `file` record. Whatever happens, readers find the old pair or the
-    new one.
+    For use in `building`, or where no other process looks. `make_manifest` is given the `file`
+    record. Whatever happens, readers find the old pair or the new one.
     """
-    pair = _prepared(pair)
-    # the artifact's own name: a compiler writes it into the package, and insists on its suffix
-    produced = _workshop(pair.path) / pair.path.name
-    with _lock(pair), _umask_for_artifacts():  # no wait inside `building`, whose lock it shares
-        _recover(pair)
-        try:
-            with writing(pair.path):
-                produced.parent.mkdir(mode=0o700)
-            produce(produced)
-            with writing(pair.path):
-                record = _flush(produced)
-            manifest = make_manifest(record)
-            metadata = dump_manifest(manifest)
-            with writing(pair.path):
-                _replace_pair(pair, produced, metadata)
-        finally:
-            _recover(pair)
-    return manifest
-
-
-def _prepared(pair: ArtifactPair) -> ArtifactPair:
-    """Return the pair with the user's own links followed and its folders made."""
     pair = _real(pair)
-    if pair.path == pair.metadata_path:
-        raise UsageError(f"artifact and metadata are both {pair.path}: give them different paths")
-    for path in (pair.path, pair.metadata_path):
-        with writing(path), _umask_for_artifacts():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file")
-    return pair
+    new = _new(pair)
+    # the artifact's own name: a compiler writes it into the package, and insists on its suffix
+    produced = pair.path.with_name(f"{pair.path.name}.building") / pair.path.name
+    try:
+        with errors.writing(pair.path):
+            produced.parent.mkdir(mode=0o700)
+        produce(produced)
+        with errors.writing(pair.path), open(produced, "rb") as file:
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            record = {
+                "bytes": size,
+                "sha256": content_digest(size, partial(os.pread, file.fileno())),
+                "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            }
+        built = make_manifest(record)
+        metadata = manifest.dump_manifest(built).encode()
+        with errors.writing(pair.path):
+            _rename(produced, new.path)
+            with open(new.metadata_path, "wb") as file:
+                file.write(metadata)
+                file.flush()
+                os.fsync(file.fileno())
+            _rename(new.metadata_path, pair.metadata_path)
+            _rename(new.path, pair.path)
+    finally:
+        _recover(pair)
+    return built
 
 
 def _real(pair: ArtifactPair) -> ArtifactPair:
-    return ArtifactPair(*(Path(os.path.realpath(p)) for p in (pair.path, pair.metadata_path)))
+    return ArtifactPair(*(Path(os.path.realpath(path)) for path in pair))
 
 
-def _new(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
-
-
-def _workshop(path: Path) -> Path:
-    return path.with_name(f"{path.name}.building")
-
-
-def _lock(pair: ArtifactPair):
-    from filelock import FileLock
-
-    return FileLock(pair.path.with_name(f".{pair.path.name}.lock"), is_singleton=True)
-
-
-@contextmanager
-def _umask_for_artifacts() -> Iterator[None]:
-    """Let nobody else write to what is made: it would not be loaded."""
-    before = os.umask(0o022)
-    os.umask(before | 0o022)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def _flush(produced: Path) -> dict:
-    """Bring what was produced to disk and return its record."""
-    if not produced.is_file() or produced.stat().st_size == 0:
-        raise ArtifactDamagedError(f"the build wrote nothing to {produced}: nothing was replaced")
-    with open(produced, "rb") as file:
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-        return {
-            "bytes": size,
-            "sha256": content_digest(file.fileno(), size),
-            "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        }
-
-
-def _replace_pair(pair: ArtifactPair, produced: Path, metadata: str) -> None:
-    """Do steps 1, 2 and 3 of the module's docstring."""
-    _rename(produced, _new(pair.path))
-    with open(_new(pair.metadata_path), "w", encoding="utf-8") as file:
-        file.write(metadata)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(_new(pair.metadata_path), pair.metadata_path)
-    _rename(_new(pair.path), pair.path)
+def _new(pair: ArtifactPair) -> ArtifactPair:
+    return ArtifactPair(*(path.with_name(f"{path.name}.new") for path in pair))
 
 
 def _rename(old: Path, new: Path) -> None:
     """Rename, and bring the folder to disk, so that a power cut keeps the order of the steps."""
     os.replace(old, new)
     descriptor = os.open(new.parent, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some network file systems cannot flush a folder
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot flush a folder
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def _recover(pair: ArtifactPair) -> None:
     """Finish or remove what a dead or failed builder left; the lock is held."""
-    new = _new(pair.path)
-    with suppress(FileNotFoundError, ArtifactDamagedError), _open_regular(new) as file:
-        manifest = parse_manifest(_read_metadata(pair))
-        if _content_problem(file, manifest) is None:
-            _rename(new, pair.path)
-    shutil.rmtree(_workshop(pair.path), ignore_errors=True)
-    for rubbish in (new, _new(pair.metadata_path)):
+    new = _new(pair)
+    if os.path.exists(new.path):
+        with suppress(errors.ArtifactDamagedError):
+            _open_content(new.path, _read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
+            _rename(new.path, pair.path)
+    shutil.rmtree(pair.path.with_name(f"{pair.path.name}.building"), ignore_errors=True)
+    for rubbish in new:
         with suppress(OSError):  # what cannot be removed stops the next step, which names it
             rubbish.unlink()
-
-
-def _available_bytes(folder: Path) -> int:
-    room = shutil.disk_usage(folder).free
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return room if limit == resource.RLIM_INFINITY else min(room, limit)
 
 
 # --- loading ---------------------------------------------------------------------------------
 
 
+@contextmanager
 def open_verified(
     pair: ArtifactPair, approach: str, flags: TrustFlags, console: Console
-) -> VerifiedArtifact:
-    """Return the artifact, open, after origin, metadata, kind, size and digest were checked.
+) -> Iterator[VerifiedArtifact]:
+    """Yield the artifact, open, after origin, metadata, kind, size and digest were checked.
 
     The caller compares environment and recipe. Raises ArtifactUntrustedError, ArtifactDamagedError
     (missing ones too) and ArtifactMismatchError (another approach, a rehearsal's).
@@ -273,197 +207,114 @@ def open_verified(
     began = time.monotonic()
     # checked and opened where they really are: a link could lead elsewhere in between
     real = _real(pair)
-    manifest, file = _open_consistent(real, approach, flags)
-    seconds = time.monotonic() - began
-    size = size_text(manifest.file["bytes"])
-    console.say(f"verified {pair.path}: {size} in {seconds * 1000:.1f} ms")
-    return VerifiedArtifact(manifest, pair.path, file, _loader_path(real, file), seconds)
+    while True:
+        built = _read_manifest(real, flags)
+        if built.approach != approach:
+            raise errors.ArtifactMismatchError(
+                f"{pair.path} is a {built.approach} artifact, expected one of {approach}: "
+                "give the one that this folder's ./build.sh made"
+            )
+        manifest.raise_if_different(pair.path, manifest.rehearsal_differences(built))
+        with suppress(errors.ArtifactDamagedError):
+            file = _open_content(_new(real).path, built, flags)
+            break
+        try:
+            file = _open_content(real.path, built, flags)
+            break
+        except errors.ArtifactDamagedError:
+            if _read_manifest(real, flags) == built:  # else the pair was replaced meanwhile
+                raise
+    with file:
+        megabytes, seconds = built.file["bytes"] / 1e6, time.monotonic() - began
+        console.say(f"verified {pair.path}: {megabytes:.1f} MB in {seconds * 1000:.1f} ms")
+        yield VerifiedArtifact(built, file, f"/proc/self/fd/{file.fileno()}", seconds)
 
 
 def peek_manifest(pair: ArtifactPair) -> Manifest | None:
     """Return the metadata at hand, or None without a valid one; nothing of it is to be trusted."""
-    try:
-        return parse_manifest(_read_metadata(pair))
-    except (OSError, ArtifactDamagedError):
-        return None
+    with suppress(OSError, errors.ArtifactDamagedError):
+        return _read_manifest(pair, _NOT_TO_RUN)
+    return None
 
 
 def read_blob(verified: VerifiedArtifact) -> bytes:
     """Return the content of a verified artifact, its digest checked on these very bytes."""
-    verified.file.seek(0)
     content = verified.file.read()
-    view = memoryview(content)
-    blocks = (view[at : at + BLOCK_BYTES] for at in range(0, len(content), BLOCK_BYTES))
-    found = _joined([hashlib.sha256(block).digest() for block in blocks])
+    found = content_digest(len(content), lambda count, start: content[start : start + count])
     if found != verified.manifest.file["sha256"]:
-        raise ArtifactDamagedError(f"{verified.path} was changed while it was read: {_REBUILD}")
+        raise errors.ArtifactDamagedError(f"the artifact changed while it was read: {_REBUILD}")
     return content
 
 
-def size_text(count: int) -> str:
-    """Return a number of bytes as people read it, in decimal units."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _open_consistent(
-    pair: ArtifactPair, approach: str, flags: TrustFlags
-) -> tuple[Manifest, BinaryIO]:
-    """Return the metadata and the open file that it names, of one build."""
-    while True:
-        text = _read_metadata(pair, flags)
-        manifest = _acceptable(pair, text, approach)
-        try:
-            return manifest, _open_content(pair, manifest, flags)
-        except ArtifactDamagedError:
-            if _read_metadata(pair) == text:  # else the pair was replaced between the two opens
-                raise
-
-
-def _read_metadata(pair: ArtifactPair, flags: TrustFlags | None = None) -> bytes:
-    """Return the metadata file's content, with `flags` only of a trusted one."""
-    try:
-        with _open_regular(pair.metadata_path) as file:
-            if flags:
-                check_trust(pair.metadata_path, flags)
-            text = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        what = "metadata" if pair.path.exists() else "artifact and no metadata"
-        raise ArtifactDamagedError(_missing(what, pair.metadata_path)) from None
-    if flags:
-        check_pin(pair.metadata_path, text, flags)
-    return text
-
-
-def _acceptable(pair: ArtifactPair, text: bytes, approach: str) -> Manifest:
-    try:
-        manifest = parse_manifest(text)
-    except ArtifactDamagedError as error:
-        raise ArtifactDamagedError(f"{pair.metadata_path}: {error}") from None
-    if manifest.approach != approach:
-        raise ArtifactMismatchError(
-            f"{pair.path} is a {manifest.approach} artifact, expected one of {approach}: "
-            "give the one that this folder's ./build.sh made"
+def _read_manifest(pair: ArtifactPair, flags: TrustFlags) -> Manifest:
+    what = "metadata" if os.path.exists(pair.path) else "artifact and no metadata"
+    with _open(pair.metadata_path, what, flags) as file:
+        text = file.read(manifest.MAX_BYTES + 1)
+    found = hashlib.sha256(text).hexdigest()
+    if flags.expect_sha256 not in (None, found):
+        raise errors.ArtifactUntrustedError(
+            f"{pair.metadata_path} has sha256 {found}, --expect-sha256 says {flags.expect_sha256}: "
+            "fetch the right artifact, or pin this one if you know where it comes from"
         )
-    raise_if_different(pair.path, rehearsal_differences(manifest))
-    return manifest
+    return manifest.parse_manifest(text, pair.metadata_path)
 
 
-def _open_content(pair: ArtifactPair, manifest: Manifest, flags: TrustFlags) -> BinaryIO:
-    """Return the file, open, with the content that the metadata names."""
-    problem = _missing("artifact", pair.path)
-    for path in (_new(pair.path), pair.path):
-        with ExitStack() as closing, suppress(FileNotFoundError):
-            file = closing.enter_context(_open_regular(path))
-            check_trust(path, flags)
-            problem = _content_problem(file, manifest)
-            if problem is None:
-                closing.pop_all()
-                return file
-    raise ArtifactDamagedError(problem)
-
-
-def _content_problem(file: BinaryIO, manifest: Manifest) -> str | None:
-    """Return in what way the file is not the one that the manifest names, or None."""
-    size, expected = os.fstat(file.fileno()).st_size, manifest.file["bytes"]
+def _open_content(path: Path, built: Manifest, flags: TrustFlags) -> BinaryIO:
+    """Return the file, open, if its content is what the metadata names."""
+    file, expected = _open(path, "artifact", flags), built.file["bytes"]
+    size = os.fstat(file.fileno()).st_size
     if size != expected:
-        return (
-            f"{file.name} has {size} bytes, its metadata says {expected}: truncated, or from "
-            f"another build; {_REBUILD}"
-        )
-    if content_digest(file.fileno(), size) != manifest.file["sha256"]:
-        return (
-            f"the content of {file.name} is not that of its metadata: damaged, or from another "
-            f"build; {_REBUILD}"
-        )
-    return None
+        problem = f"{path} has {size} bytes, its metadata says {expected}: truncated"
+    elif content_digest(size, partial(os.pread, file.fileno())) != built.file["sha256"]:
+        problem = f"the content of {path} is not that of its metadata: damaged"
+    else:
+        return file
+    file.close()
+    raise errors.ArtifactDamagedError(f"{problem}, or from another build; {_REBUILD}")
 
 
-def _missing(what: str, path: Path) -> str:
-    return f"no {what} at {path}: build it with ./build.sh"
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Return a regular file opened; a missing one is FileNotFoundError, another kind damage."""
+def _open(path: Path, what: str, flags: TrustFlags) -> BinaryIO:
+    """Return a regular file, opened, whose origin or the user's consent admits it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would wait for its writer
-            raise ArtifactDamagedError(f"{path} is no regular file, expected one: {_REBUILD}")
+            raise errors.ArtifactDamagedError(f"{path} is no regular file: {_REBUILD}")
+        consent = flags.trust_artifact or flags.expect_sha256  # a pin names what it admits
+        if not consent and (problem := origin_problem(path)):
+            raise errors.ArtifactUntrustedError(
+                f"{problem}; {path} is code that would run as you: check where it comes from, then "
+                "copy it to a folder of your own, or add --expect-sha256 or --trust-artifact"
+            )
         return open(path, "rb")
-    except NotADirectoryError as error:
-        raise FileNotFoundError(*error.args) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise errors.ArtifactDamagedError(f"no {what} at {path}: ./build.sh makes it") from None
 
 
-def _loader_path(pair: ArtifactPair, file: BinaryIO) -> str:
-    path = f"/proc/self/fd/{file.fileno()}"
-    return path if os.path.exists(path) else str(pair.path)
+# --- digest and origin -----------------------------------------------------------------------
 
 
-# --- digest ----------------------------------------------------------------------------------
-
-
-def content_digest(descriptor: int, size: int) -> str:
-    """Return the digest by which metadata names the first `size` bytes of a file, in hex.
+def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
+    """Return the digest by which metadata names `size` bytes, in hex; `read` is like os.pread.
 
     Up to 64 MiB it is what `sha256sum` prints. Of a larger file it is the sha256 of the sha256s of
     its blocks of 64 MiB, so that all cores work on it; in a shell:
 
         split -b 64M --filter 'sha256sum | head -c 64 | xxd -r -p' FILE | sha256sum
     """
-    starts = range(0, size, BLOCK_BYTES)
-    if len(starts) <= 1:
-        return _joined([_block_digest(descriptor, start, size) for start in starts])
-    # imported here: a start from a small artifact does not pay for it
+    # imported here: --help does not pay for it
     from concurrent.futures import ThreadPoolExecutor
 
-    threads = min(len(starts), len(os.sched_getaffinity(0)), _MAX_THREADS)
-    with ThreadPoolExecutor(threads) as pool:  # hashlib and preadv work outside the GIL
-        return _joined(list(pool.map(lambda start: _block_digest(descriptor, start, size), starts)))
+    def block_digest(start: int) -> bytes:
+        digest, end = hashlib.sha256(), min(start + BLOCK_BYTES, size)
+        # a file shorter than it was ends early, and its digest will not match
+        while start < end and (part := read(min(_READ_BYTES, end - start), start)):
+            digest.update(part)
+            start += len(part)
+        return digest.digest()
 
-
-def _joined(digests: list[bytes]) -> str:
+    threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    with ThreadPoolExecutor(threads) as pool:  # hashlib and pread work outside the GIL
+        digests = list(pool.map(block_digest, range(0, size, BLOCK_BYTES)))
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
-
-
-def _block_digest(descriptor: int, start: int, size: int) -> bytes:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_READ_BYTES))
-    end = min(start + BLOCK_BYTES, size)
-    while start < end:
-        count = os.preadv(descriptor, [buffer[: min(_READ_BYTES, end - start)]], start)
-        if count == 0:  # shorter than it was: the digest will not match
-            break
-        digest.update(buffer[:count])
-        start += count
-    return digest.digest()
-
-
-# --- origin ----------------------------------------------------------------------------------
-
-
-def check_trust(path: Path, flags: TrustFlags) -> None:
-    """Raise ArtifactUntrustedError if anyone but this user and root could have put `path` there.
-
-    Not asked with consent, nor with a pinned digest: `check_pin` sees to that one.
-    """
-    if flags.trust_artifact or flags.expect_sha256:
-        return
-    if problem := origin_problem(path):
-        raise ArtifactUntrustedError(
-            f"{problem}; {path} is code that would run as you: check where it comes from, then "
-            "copy it to a folder of your own, or add --expect-sha256 or --trust-artifact"
-        )
-
-
-def check_pin(path: Path, content: bytes, flags: TrustFlags) -> None:
-    """Raise ArtifactUntrustedError if the metadata at `path` is not the one that is pinned."""
-    found = hashlib.sha256(content).hexdigest()
-    if flags.expect_sha256 not in (None, found):
-        raise ArtifactUntrustedError(
-            f"{path} has sha256 {found}, --expect-sha256 says {flags.expect_sha256}: "
-            "fetch the right artifact, or pin this one if you know where it comes from"
-        )
 
 
 def origin_problem(path: Path) -> str | None:
@@ -475,49 +326,26 @@ def origin_problem(path: Path) -> str | None:
     holder = path if path.is_dir() else path.parent
     for place in (path, *path.parents):
         info = os.stat(place)
-        if problem := _owner_problem(place, info):
-            return problem
-        # in a sticky folder such as /tmp nobody can replace our folder, but anyone can add a file
-        sticky = info.st_mode & stat.S_ISVTX and place not in (path, holder)
-        if not sticky and (writers := _other_writers(info)):
-            return f"{_kind(info)} {place} can be written to by {writers}, expected you and root"
-    return None
-
-
-def _owner_problem(place: Path, info: os.stat_result) -> str | None:
-    trusted = {os.geteuid(), 0}
-    if stat.S_ISDIR(info.st_mode):
+        is_folder = stat.S_ISDIR(info.st_mode)
+        what = f"{'folder' if is_folder else 'file'} {place}"
         # in a user namespace the machine's root appears as the overflow user, who then owns /
-        trusted.add(os.stat("/").st_uid)
-    if info.st_uid in trusted:
-        return None
-    return f"{_kind(info)} {place} belongs to user {_user_name(info.st_uid)}, expected you or root"
-
-
-def _other_writers(info: os.stat_result) -> str | None:
-    if info.st_mode & stat.S_IWOTH:
-        return "everybody"
-    if info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid):
-        return f"group {info.st_gid}"
+        root = os.stat("/").st_uid if is_folder else 0
+        if info.st_uid not in (os.geteuid(), 0, root):
+            return f"{what} belongs to user {info.st_uid}, expected you or root"
+        # in a sticky folder such as /tmp nobody can replace our folder, but anyone can add a file
+        if info.st_mode & stat.S_ISVTX and place not in (path, holder):
+            continue
+        if info.st_mode & stat.S_IWOTH:
+            return f"{what} can be written to by everybody, expected you and root"
+        if info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid):
+            return f"{what} can be written to by group {info.st_gid}, expected you and root"
     return None
 
 
 def _is_private_group(gid: int) -> bool:
     """Say whether `gid` is the group that most systems make for one user, whose umask is 002."""
     try:
-        group = grp.getgrgid(gid)
+        group, name = grp.getgrgid(gid), pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # containers run users and groups that no list names
         return gid == os.geteuid()
-    name = _user_name(os.geteuid())
     return group.gr_name == name and set(group.gr_mem) <= {name}
-
-
-def _kind(info: os.stat_result) -> str:
-    return "folder" if stat.S_ISDIR(info.st_mode) else "file"
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

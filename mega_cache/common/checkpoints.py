@@ -1,24 +1,22 @@
-"""From `--model-id` to a checkpoint folder: Hub id, local folder or preset, one path for all."""
+"""From `--model-id` to a checkpoint folder: Hub id, local folder or preset, one path for all.
+
+A preset has a real model's shape and random weights. It is written once as a checkpoint folder like
+any other, with a byte-level tokenizer, and needs no download and no licence.
+"""
 
 import copy
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
 _ARCHITECTURE = (
@@ -52,19 +50,27 @@ class Checkpoint:
     def config_digest(self) -> str:
         """Return a digest of the architecture: equal for every fine-tune of one model."""
         config = self.config
-        heads = config["num_attention_heads"]
         rope = config.get("rope_parameters") or {}  # transformers 5 writes one dict for both
         scaling = rope or config.get("rope_scaling") or {}
-        known = {name: config.get(name) for name in _ARCHITECTURE} | {
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "attention_bias": bool(config.get("attention_bias", False)),
-            "mlp_bias": bool(config.get("mlp_bias", False)),
+        switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+        known = {name: config.get(name) for name in _ARCHITECTURE}
+        known |= {name: bool(config.get(name)) for name in switches}
+        known |= {
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
             "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
             "rope_scaling": {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")},
         }
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.config.get("num_key_value_heads") or self.config["num_attention_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        config = self.config
+        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -75,107 +81,71 @@ class Checkpoint:
             return ()
         return tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def describe(self) -> dict:
-        """Return what an artifact's metadata says of the model it was built from."""
-        return {
-            "id": self.model_id,
-            "revision": self.revision,
-            "config_digest": self.config_digest,
-        }
-
 
 def resolve_checkpoint(model_id: str, console: Console) -> Checkpoint:
     """Return the checkpoint for `--model-id`, downloading or materialising it when needed."""
-    if is_preset(model_id):
-        return _preset(model_id, console)
+    if model_id.startswith("random:"):
+        if model_id not in CONFIGS:
+            raise UsageError(f"no preset is called {model_id!r}: choose from {', '.join(CONFIGS)}")
+        # one set of big checkpoints can serve both folders
+        parent = Path(os.environ.get("LLAMA_PRESETS", _PRESETS_FOLDER))
+        folder = materialize(CONFIGS[model_id], parent / folder_name(model_id), console)
+        console.say(f"{model_id} has random weights: its text is noise, its timing is real")
+        return Checkpoint(folder.resolve(), model_id, folder.name)
     folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} is no checkpoint folder: it has no config.json")
-        digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
-        return Checkpoint(folder.resolve(), model_id, f"config-{digest}")
-    return _download(model_id, console)
+    if not folder.is_dir():
+        folder = _download(model_id)
+        return Checkpoint(folder, model_id, folder.name)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no checkpoint folder: it has no config.json")
+    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
+    return Checkpoint(folder.resolve(), model_id, f"config-{digest}")
 
 
-def _preset(name: str, console: Console) -> Checkpoint:
-    if name not in CONFIGS:
-        known = ", ".join(CONFIGS)
-        raise UsageError(f"no preset is called {name!r}: choose from {known}")
-    # one set of big checkpoints can serve both folders
-    parent = Path(os.environ.get("LLAMA_PRESETS", _PRESETS_FOLDER))
-    folder = parent / folder_name(name)
-    materialize(CONFIGS[name], folder, console)
-    console.say(f"{name} has random weights: its text is noise, its timing is real")
-    return Checkpoint(folder.resolve(), name, folder.name)
+def _download(model_id: str) -> Path:
+    from huggingface_hub import errors, get_token, snapshot_download
 
-
-def _download(model_id: str, console: Console) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    def line(error: Exception) -> str:
+        """Return the Hub's words on one line, without the token, which a bad header shows."""
+        text, token = str(error), get_token()
+        if token:
+            for form in (token, repr(token)[1:-1], repr(token.encode())[2:-1]):
+                text = text.replace(form, "<token>")
+        return " ".join(text.split())
 
     try:
-        folder = Path(snapshot_download(model_id, allow_patterns=_FILES, ignore_patterns="*/*"))
-    except HFValidationError as error:
-        raise UsageError(
-            f"{model_id!r} is neither a folder here, nor a preset, nor a Hub id: {_line(error)}"
-        ) from error
-    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
+        return Path(snapshot_download(model_id, allow_patterns=_FILES, ignore_patterns="*/*"))
+    except errors.GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
         raise EnvironmentProblemError(
-            f"{_line(error)} Ask for access on its Hub page, then set HF_TOKEN; "
+            f"{line(error)} Ask for access on its Hub page, then set HF_TOKEN; "
             "or try --model-id random:3b, the same shape without a licence"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(f"the Hub has no model {model_id!r}: {_line(error)}") from error
-    # the Hub's own error has its HTTP client's for a base, and what httpx raises is no OSError
-    except (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        OSError,
-        *HfHubHTTPError.__bases__,
-        UnicodeEncodeError,  # a token that no header can carry
-    ) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UsageError(
+            f"{model_id!r} is neither a folder here, nor a preset, nor a Hub id: {line(error)}"
+        ) from error
+    # the Hub's own error has its HTTP client's for a base, and what httpx raises is no OSError;
+    # UnicodeEncodeError: a token that no header can carry
+    except (OSError, UnicodeEncodeError, *errors.HfHubHTTPError.__bases__) as error:
         raise EnvironmentProblemError(
-            f"{model_id} is not in the Hub cache and could not be downloaded: {_line(error)} "
+            f"{model_id} is not in the Hub cache and could not be downloaded: {line(error)} "
             "Try --model-id random:tiny, which needs no network"
         ) from error
-    return Checkpoint(folder, model_id, folder.name)
-
-
-def _line(error: Exception) -> str:
-    """Return the error's text on one line, without the user's token, which a bad header shows."""
-    from huggingface_hub import get_token
-
-    text, token = str(error), get_token()
-    if token:
-        for form in (token, repr(token)[1:-1], repr(token.encode())[2:-1]):
-            text = text.replace(form, "<token>")
-    return " ".join(text.split())
 
 
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {_line(error)}") from error
+        raise UsageError(f"cannot read {path}: {error}") from error
 
 
 # --- presets ---------------------------------------------------------------------------------
 
-
-PREFIX = "random:"
 # raised when the way weights are drawn changes, so that no old folder is taken for a new one
-RECIPE = 2
-
-_BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
-_SPECIAL = (_BOS, "<|start_header_id|>", "<|end_header_id|>", _EOS)
-_FIRST_SPECIAL_ID = 256  # after one token for each byte
+_RECIPE = 2
+# ids 0 to 255 are the bytes
+_SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -209,8 +179,8 @@ def _shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, facto
         # a broken attention passes every test. With std * sqrt(hidden) at 2.4 it reacts to every
         # token.
         "initializer_range": 2.4 / hidden**0.5,
-        "bos_token_id": _FIRST_SPECIAL_ID,
-        "eos_token_id": _FIRST_SPECIAL_ID + _SPECIAL.index(_EOS),
+        "bos_token_id": 256,
+        "eos_token_id": 259,
     } | other
 
 
@@ -222,10 +192,6 @@ CONFIGS = {
 }
 
 
-def is_preset(model_id: str) -> bool:
-    return model_id.startswith(PREFIX)
-
-
 def folder_name(preset: str) -> str:
     """Return a name that changes with everything that shapes the checkpoint's files."""
     # imported here: --help does without its 50 ms
@@ -233,7 +199,7 @@ def folder_name(preset: str) -> str:
 
     # transformers 5 writes the rope settings under a name that 4 does not read
     writer = version("transformers").partition(".")[0]
-    text = json.dumps([RECIPE, writer, CONFIGS[preset]], sort_keys=True)
+    text = json.dumps([_RECIPE, writer, CONFIGS[preset]], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{preset.replace(':', '-')}-{digest}"
 
@@ -248,26 +214,19 @@ def materialize(config: dict[str, Any], folder: Path, console: Console, seed: in
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
-            return folder
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            model = make_model(config, seed)
-            billions = model.num_parameters() / 1e9
-            console.say(f"writing random weights ({billions:.3f} B parameters) to {folder}")
-            model.save_pretrained(temporary)
-            write_tokenizer(temporary)
-            os.chmod(temporary, 0o755)
-            os.rename(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+    with FileLock(folder.with_name(f".{folder.name}.lock")), draft as temporary:
+        if not folder.is_dir():  # else another process was faster
+            made = Path(temporary, "checkpoint")
+            console.say(f"writing random weights to {folder}")
+            _write_model(config, seed, made)
+            _write_tokenizer(made)
+            made.rename(folder)
     return folder
 
 
-def make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
-    """Return the model on the CPU with its random weights: the same ones on every machine.
+def _write_model(config: dict[str, Any], seed: int, folder: Path) -> None:
+    """Write configuration and random weights: the same ones on every machine.
 
     Each weight is drawn on the CPU from the seed and its own name, so neither a GPU nor the number
     of threads changes it.
@@ -280,23 +239,24 @@ def make_model(config: dict[str, Any], seed: int) -> "PreTrainedModel":
         model = LlamaForCausalLM(LlamaConfig(**own))
     dtype = getattr(torch, config["dtype"])
 
-    def draw(named: "tuple[str, torch.Tensor]") -> "tuple[str, torch.Tensor]":
-        name, empty = named
+    def draw(name: str) -> torch.Tensor:
+        shape = model.get_parameter(name).shape
         if "norm" in name:
-            return name, torch.ones(empty.shape, dtype=dtype)
+            return torch.ones(shape, dtype=dtype)
         own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]
         generator = torch.Generator().manual_seed(int.from_bytes(own_seed, "big"))
-        weight = torch.randn(empty.shape, generator=generator)
-        return name, weight.mul_(config["initializer_range"]).to(dtype)
+        weight = torch.randn(shape, generator=generator)
+        return weight.mul_(config["initializer_range"]).to(dtype)
 
+    names = [name for name, _ in model.named_parameters()]  # a tied weight comes once
     with ThreadPoolExecutor() as pool:  # random numbers are drawn outside the GIL
-        weights = dict(pool.map(draw, model.named_parameters()))
-    model.load_state_dict(weights, strict=False, assign=True)  # a tied weight comes once
+        weights = dict(zip(names, pool.map(draw, names), strict=True))
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    return model
+    model.save_pretrained(folder)
 
 
-def write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path) -> None:
     """Write a byte-level tokenizer: one token a byte, then the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -309,8 +269,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _BOS,
-        "eos_token": _EOS,
+        "bos_token": _SPECIAL[0],
+        "eos_token": _SPECIAL[-1],
         "chat_template": _CHAT_TEMPLATE,
         "model_max_length": 131072,
     }

@@ -33,34 +33,30 @@ class Target:
 
     def describe_model(self) -> dict[str, Any]:
         """Return what an artifact's metadata says of the model."""
-        return self.checkpoint.describe() | {"dtype": self.dtype_name}
+        one = self.checkpoint
+        names = {"id": one.model_id, "revision": one.revision}
+        return names | {"config_digest": one.config_digest, "dtype": self.dtype_name}
 
 
 def choose_target(flags: SharedFlags, console: Console) -> Target:
-    device = choose_device(flags.device)
-    quiet_compiler_logs(device, console.quiet)
-    return Target(
-        resolve_checkpoint(flags.model_id, console), device, choose_dtype(flags.dtype, device)
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device for `--device`: auto is CUDA when there is one."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    """Return what the flags name, and keep off stderr what the compiler says that is no news."""
+    device = torch.device("cpu")
+    if flags.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    elif flags.device == "cuda":
         raise EnvironmentProblemError(
             "--device cuda: torch sees no CUDA GPU on this machine; check nvidia-smi and that "
             f"torch {torch.__version__} is a CUDA build, or use --device cpu"
         )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for `--dtype`: auto is bfloat16 on CUDA and float32 on CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, usual if flags.dtype == "auto" else flags.dtype)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    if console.quiet:
+        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
+    if console.quiet or device.type != "cuda":  # a skipped CUDA graph is news where there is a GPU
+        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    return Target(resolve_checkpoint(flags.model_id, console), device, dtype)
 
 
 def synchronize(device: torch.device) -> None:
@@ -88,19 +84,6 @@ def device_bandwidth(device: torch.device) -> float | None:
     bits = getattr(properties, "memory_bus_width", 0)
     # two transfers a clock; a driver that no longer tells the clock says 0
     return 2 * kilohertz * 1e3 * bits / 8 or None
-
-
-def quiet_compiler_logs(device: torch.device, quiet: bool) -> None:
-    """Keep off stderr what the compiler says that is no news: advice, and skipped CUDA graphs.
-
-    On a GPU a skipped CUDA graph is news, but for a user who wants none (--quiet).
-    """
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    if quiet:
-        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
-    if quiet or device.type != "cuda":
-        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_model(target: Target) -> "PreTrainedModel":

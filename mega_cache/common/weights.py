@@ -2,26 +2,21 @@
 
 A tensor is named by where its bytes lie, `Stored`: in a checkpoint's safetensors, or in any other
 file that holds them as they are. On the CPU it becomes a view of the mapped file; to a GPU threads
-carry it through page-locked memory, while the caller does other things with tensors that have their
-places already:
+carry it through page-locked memory, while the caller works with tensors that have their places:
 
     upload = start_upload(list_checkpoint(folder), torch.device("cuda"), torch.bfloat16)
     ...                      # upload.tensors can be bound, also captured, but not yet believed
     tensors = upload.wait()  # name -> tensor
-
-safetensors (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON
-header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Read here and not through the
-safetensors package because staging needs the offsets.
 """
 
 import ctypes
 import json
 import math
 import os
-import struct
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -63,27 +58,26 @@ class Stored:
 def list_checkpoint(folder: Path) -> dict[str, Stored]:
     """Return the folder's tensors by name, from model.safetensors or the shards of its index."""
     index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        paths = [single]
-    elif index.exists():
-        shards = json.loads(index.read_text())["weight_map"].values()
-        paths = [folder / name for name in sorted(set(shards))]
-    else:
-        raise FileNotFoundError(f"no model.safetensors or model.safetensors.index.json in {folder}")
-    return {stored.name: stored for path in paths for stored in read_header(path)}
+    shards = ["model.safetensors"]
+    if not (folder / shards[0]).exists():
+        if not index.exists():
+            raise FileNotFoundError(f"no {shards[0]} or {index.name} in {folder}")
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {stored.name: stored for name in shards for stored in read_header(folder / name)}
 
 
 def read_header(path: Path) -> list[Stored]:
-    """Return what a safetensors file holds. Raises ValueError if it is cut off or not one."""
+    """Return what a safetensors file holds. Raises ValueError if it is cut off or not one.
+
+    https://huggingface.co/docs/safetensors: 8 bytes little-endian header length, a JSON header
+    {name: {dtype, shape, data_offsets}}, then the tensors' bytes. The safetensors package does not
+    tell the offsets, which staging needs.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({size} bytes): download it again"
-            )
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"{path} is cut off or no safetensors file: download it again")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     stored = []
@@ -96,13 +90,13 @@ def read_header(path: Path) -> list[Stored]:
     return stored
 
 
+@dataclass
 class Upload:
     """Tensors that have their places, and the threads that still carry bytes there."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-        self.threads: list[threading.Thread] = []
-        self.failures: list[Exception] = []
+    tensors: dict[str, torch.Tensor]
+    threads: list[threading.Thread] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
 
     def wait(self) -> dict[str, torch.Tensor]:
         """Return the tensors once their bytes are there. Raises the first error of a reader."""
@@ -132,11 +126,9 @@ def start_upload(
     work: SimpleQueue = SimpleQueue()
     for one, place in places.items():
         for begin, part in _cut(one, place):
-            work.put((files[one.path].fileno(), begin, one.dtype, part))
-    upload.threads = [
-        threading.Thread(target=_read, args=(work, files, device, ready, upload.failures))
-        for _ in range(_READERS)
-    ]
+            work.put((files[one.path], begin, one.dtype, part))
+    arguments = (work, device, ready, upload.failures)
+    upload.threads = [threading.Thread(target=_read, args=arguments) for _ in range(_READERS)]
     for thread in upload.threads:
         thread.start()
     return upload
@@ -153,15 +145,13 @@ def _map_files(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[
         path: torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         for path in {one.path for one in stored.values()}
     }
-    views = {one: _view(files[one.path], one) for one in stored.values()}
+    views = {}
+    for one in stored.values():
+        raw = torch.empty(0, dtype=torch.uint8).set_(files[one.path], one.begin, (one.nbytes,))
+        if one.begin % one.dtype.itemsize:
+            raw = raw.clone()  # writers align tensors, the format does not demand it
+        views[one] = raw.view(one.dtype).view(one.shape)
     return {name: views[one].to(target_dtype(one, dtype)) for name, one in stored.items()}
-
-
-def _view(storage: torch.UntypedStorage, one: Stored) -> torch.Tensor:
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, one.begin, (one.nbytes,))
-    if one.begin % one.dtype.itemsize:
-        raw = raw.clone()  # writers align tensors, the format does not demand it
-    return raw.view(one.dtype).view(one.shape)
 
 
 def _make_places(
@@ -176,13 +166,12 @@ def _make_places(
             total += -(-length // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     # zeros, not empty: a warm-up before the bytes are there computes with ordinary numbers
     pool = torch.zeros(total, dtype=torch.uint8, device=device)
-
-    def place(one: Stored) -> torch.Tensor:
+    places = {}
+    for one, begin in offsets.items():
         kind = target_dtype(one, dtype)
-        raw = pool[offsets[one] : offsets[one] + one.count * kind.itemsize]
-        return raw.view(kind).view(one.shape)
-
-    return {one: place(one) for one in offsets}
+        raw = pool[begin : begin + one.count * kind.itemsize]
+        places[one] = raw.view(kind).view(one.shape)
+    return places
 
 
 def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -192,41 +181,29 @@ def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]
         yield one.begin + first * one.dtype.itemsize, flat[first : first + items]
 
 
-def _read(work, files, device, ready, failures) -> None:
-    """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight.
-
-    `files` keeps the descriptors open.
-    """
+def _read(work: SimpleQueue, device: torch.device, ready, failures: list[Exception]) -> None:
+    """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight."""
     try:
         stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), suppress(Empty):
             stream.wait_event(ready)
-            buffers = [
-                torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
-            ]
+            buffers = torch.empty(2, _STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
             copied = [torch.cuda.Event(), torch.cuda.Event()]
             turn = 0
-            while (piece := _take(work)) is not None and not failures:
-                descriptor, begin, dtype, part = piece
+            while not failures:
+                file, begin, dtype, part = work.get_nowait()
                 copied[turn].synchronize()  # at once, if never recorded
                 staged = buffers[turn][: part.numel() * dtype.itemsize]
-                _read_into(descriptor, staged, begin)
+                _read_into(file.fileno(), staged, begin)
                 staged = staged.view(dtype)
                 if dtype != part.dtype:  # converted over there: a copy would do it here
                     staged = staged.to(device, non_blocking=True)
                 part.copy_(staged, non_blocking=True)
                 copied[turn].record()
                 turn = 1 - turn
-            stream.synchronize()
+        stream.synchronize()
     except (OSError, RuntimeError) as error:  # for the thread that waits; RuntimeError is CUDA's
         failures.append(error)
-
-
-def _take(work: SimpleQueue):
-    try:
-        return work.get_nowait()
-    except Empty:
-        return None
 
 
 def _read_into(descriptor: int, buffer: torch.Tensor, begin: int) -> None:

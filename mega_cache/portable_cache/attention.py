@@ -9,11 +9,9 @@ Given a mask, transformers' own SDPA path copies K and V once for each query hea
 is the padding mask itself, which ends where the tokens end.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,11 +26,6 @@ _unpadded = ContextVar("unpadded", default=False)
 def register() -> None:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-
-
-def source_digest() -> str:
-    """Return a digest of this file: a step compiled ahead of time holds what it said then."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 @contextmanager
@@ -58,34 +51,26 @@ def attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Return (batch, length, heads, head_dim), and no weights."""
-    if query.shape[2] == 1:
-        out = _decode(query, key, value, attention_mask, scaling)
-    else:
-        out = _prefill(query, key, value, attention_mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _prefill(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float):
-    slots = query.shape[2] if seen is None else seen.shape[-1]  # the rest of the cache is empty
-    key, value = key[:, :, :slots], value[:, :, :slots]
-    if seen is None:
-        return scaled_dot_product_attention(
+    batch, heads, length, width = query.shape
+    seen, kv_heads = attention_mask, key.shape[1]
+    if length == 1:
+        rows = query.reshape(batch, kv_heads, -1, width)  # (batch, kv_heads, group, head_dim)
+        if key.is_cuda:
+            out = attend_in_sums(rows, key, value, seen, scaling)
+        else:
+            out = scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
+        out = out.reshape(batch, heads, 1, width)
+    elif seen is None:
+        key, value = key[:, :, :length], value[:, :, :length]  # the rest of the cache is empty
+        out = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
-    # given a mask, CUDA's only kernel for grouped heads is the one that writes all scores out
-    group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
-
-
-def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float) -> Tensor:
-    batch, heads, _, width = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, width)  # (batch, kv_heads, group, head_dim)
-    if key.is_cuda:
-        out = attend_in_sums(rows, key, value, seen, scaling)
     else:
-        out = scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
-    return out.reshape(batch, heads, 1, width)
+        # given a mask, CUDA's only kernel for grouped heads is the one that writes all scores out
+        slots, group = seen.shape[-1], heads // kv_heads
+        key, value = (x[:, :, :slots].repeat_interleave(group, dim=1) for x in (key, value))
+        out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def attend_in_sums(rows: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float):

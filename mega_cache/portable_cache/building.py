@@ -3,15 +3,14 @@
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
 from common.artifacts import ArtifactPair, write_pair
-from common.cli import Console, SamplingFlags
-from common.compile_counts import Watch, read_counts, watch_compilation
+from common.cli import Console
+from common.compile_counts import read_counts, watch_compilation
 from common.errors import ScriptError
 from common.manifest import SCHEMA, Manifest
 from common.measures import Stages, process_start
@@ -22,11 +21,28 @@ from common.toolchain import prepare_toolchain
 from common.trials import run_trial
 from common.weights import list_checkpoint, start_upload
 from portable_cache import attention, bundle, decode_ahead, generation, hits
-from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CompileFlags
+from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings
 from portable_cache.recipe import recipe
-from portable_cache.verification import check_differences, largest_margin
+from portable_cache.verification import check_margin, largest_margin
 
 _VERIFY_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What warm-up and verification work with."""
+
+    settings: BuildSettings
+    console: Console
+    target: Target
+    codec: TextCodec
+    model: PreTrainedModel  # to compile
+    eager: PreTrainedModel  # transformers' own, over the same weights
+
+    def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
+        """Raise ScriptError unless eager would have gone on like this."""
+        margin = largest_margin(self.eager, prompt, token_ids)
+        check_margin(f"a KV cache of {slots} slots", margin, self.target.dtype_name)
 
 
 def build(settings: BuildSettings, console: Console) -> dict:
@@ -38,44 +54,33 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.watch()
     target = choose_target(settings.shared, console)
     prepare_toolchain(target.device, host_code=False, console=console)
-    watch, lookups = watch_compilation(), hits.watch_lookups()
+    watch_compilation()
+    lookups = hits.watch_lookups()
     stages.close("device")
-    stored = list_checkpoint(target.checkpoint.folder)
-    tensors = start_upload(stored, target.device, target.dtype).wait()
+    folder = target.checkpoint.folder
+    tensors = start_upload(list_checkpoint(folder), target.device, target.dtype).wait()
     model = generation.make_model(target, tensors, attention.NAME)
     eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
-    codec = load_codec(target.checkpoint.folder)
+    builder = Builder(settings, console, target, load_codec(folder), model, eager)
     stages.close("weights")
-    warmed, steps = warm_up_all(model, eager, codec, settings, watch, console)
+    warmed, steps, ahead = [], {}, settings.build.precompile
+    for slots, length in settings.compilation.cache_lengths().items():
+        generation.forget_compiled_state(model)
+        cache = generation.make_cache(model, slots)
+        warmed.append(warm_up(builder, cache, slots, length))
+        if ahead and (step := compile_ahead(builder, cache)):
+            steps[slots] = step
+        ahead = slots in steps
     saved = bundle.save_bundle({slots: step.content for slots, step in steps.items()})
     stages.close("compile")
-    manifest = describe(settings, target, warmed, steps, saved, lookups, stages.elapsed())
-    if settings.build.verify:
-        margins = verify(manifest, saved.blob, eager, codec, settings, console)
-        check_differences(margins, target.dtype_name)
-        stages.close("verify")
-    written = write_artifact(settings.files.pair(), manifest, saved.blob)
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
-
-
-def describe(
-    settings: BuildSettings,
-    target: Target,
-    warmed: list[dict],
-    steps: dict[int, decode_ahead.ExportedStep],
-    saved: bundle.SavedBundle,
-    lookups: list[hits.Lookup],
-    seconds: float,
-) -> Manifest:
-    """Return the metadata, but for what is known of the file once it is written."""
-    return Manifest(
+    manifest = Manifest(
         schema=SCHEMA,
         approach=APPROACH,
         model=target.describe_model(),
         environment=environment(),
         recipe=recipe(settings.compilation, target.device),
-        file={},
-        build_seconds=seconds,
+        file={},  # known once it is written
+        build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
             "entries": saved.entries,
@@ -84,83 +89,55 @@ def describe(
             "verified": settings.build.verify,
         },
     )
+    if settings.build.verify:
+        verify(builder, manifest, saved.blob)
+        stages.close("verify")
+    written = write_artifact(settings.files.pair(), manifest, saved.blob)
+    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
 
 
-def warm_up_all(
-    model: PreTrainedModel,
-    eager: PreTrainedModel,
-    codec: TextCodec,
-    settings: BuildSettings,
-    watch: Watch,
-    console: Console,
-) -> tuple[list[dict], dict[int, decode_ahead.ExportedStep]]:
-    """Compile for each cache length; return what each took, and the steps compiled ahead."""
-    flags, seed = settings.compilation, settings.shared.seed
-    warmed, margins, steps = [], {}, {}
-    wants_steps = settings.build.precompile
-    for slots, length in flags.cache_lengths().items():
-        generation.forget_compiled_state(model)
-        cache = generation.make_cache(model, flags, slots)
-        prompt = codec.synthetic_prompt(length, seed)
-        entry, token_ids = warm_up(model, cache, prompt, slots, flags, seed, watch)
-        warmed.append(entry)
-        console.say(describe_warmed(entry))
-        margins[f"a KV cache of {slots} slots"] = largest_margin(eager, prompt, token_ids)
-        if wants_steps:
-            step = compile_ahead(model, cache, flags, console)
-            wants_steps = step is not None
-            steps |= {slots: step} if step else {}
-    check_differences(margins, str(model.dtype).removeprefix("torch."))
-    return warmed, steps
-
-
-def warm_up(
-    model: PreTrainedModel,
-    cache: Cache,
-    prompt: list[int],
-    slots: int,
-    flags: CompileFlags,
-    seed: int,
-    watch: Watch,
-) -> tuple[dict[str, Any], list[int]]:
-    """Generate once; return what it took and compiled, and the new tokens."""
+def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
+    """Generate once from a prompt of `length` tokens; return what it took and compiled."""
+    model, seed, watch = builder.model, builder.settings.shared.seed, watch_compilation()
+    prompt = builder.codec.synthetic_prompt(length, seed)
+    flags = builder.settings.compilation
     # the second one is the first that is decoded; the last takes no slot
-    new_tokens = max(2, min(flags.decode_length, slots - len(prompt)))
-    generation.configure_generation(model, flags, new_tokens, (), 0, SamplingFlags())
+    new_tokens = max(2, min(flags.decode_length, slots - length))
+    generation.configure_generation(model, flags, new_tokens)
     before, began = read_counts(watch), time.monotonic()
     token_ids = generation.make_generate(model, cache, seed)(prompt, lambda token_id: None)
     seconds, after = time.monotonic() - began, read_counts(watch)
-    compiled = {name: after[name] - before[name] for name in ("unique_graphs", "kernels_compiled")}
-    return {"slots": slots, "prompt": len(prompt), "seconds": seconds, **compiled}, token_ids
+    graphs, kernels = (after[of] - before[of] for of in ("unique_graphs", "kernels_compiled"))
+    builder.console.say(
+        f"  cache of {slots} slots, prompt of {length} tokens: {graphs} graph(s), "
+        f"{kernels} kernel(s) compiled in {seconds:.1f} s"
+    )
+    builder.check(slots, prompt, token_ids)
+    return {
+        "slots": slots, "prompt": length, "seconds": seconds, "unique_graphs": graphs,
+        "kernels_compiled": kernels,
+    }  # fmt: skip
 
 
-def compile_ahead(
-    model: PreTrainedModel, cache: Cache, flags: CompileFlags, console: Console
-) -> decode_ahead.ExportedStep | None:
+def compile_ahead(builder: Builder, cache: Cache) -> decode_ahead.ExportedStep | None:
     """Compile the decode step for this cache ahead of time, where this stack can."""
+    model = builder.model
     generation.forget_compiled_state(model)
     try:
         call = decode_ahead.capture_decode_call(model, cache)
-        return decode_ahead.export(model, cache, call, flags.compile_mode)
+        return decode_ahead.export(model, cache, call, builder.settings.compilation.compile_mode)
     except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        console.warn(f"no decode step is compiled ahead of time, runs will trace: {reason[0]}")
+        builder.console.warn(f"no decode step compiled ahead, runs will trace: {reason[0]}")
         return None
 
 
-def verify(
-    manifest: Manifest,
-    blob: bytes,
-    eager: PreTrainedModel,
-    codec: TextCodec,
-    settings: BuildSettings,
-    console: Console,
-) -> dict[str, float]:
+def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
     """Load the artifact in a fresh process per cache length, where everything must hit.
 
-    Returns for each one how far the tokens of that process are from eager's.
+    The tokens of that process must be eager's.
     """
-    shared, margins = settings.shared, {}
+    shared = builder.settings.shared
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         pair = ArtifactPair(Path(folder, "cache.bin"), Path(folder, "cache_meta.json"))
         write_artifact(pair, manifest, blob)
@@ -169,31 +146,20 @@ def verify(
             f"--seed={shared.seed}", f"--cache-path={pair.path}", "--trust-artifact",
             "--load-artifacts", "--require-hit", "--ignore-eos",
         ]  # fmt: skip
-        lengths = settings.compilation.cache_lengths()
-        for slots in console.bar(lengths, "verify in fresh processes", "cache length"):
+        lengths = builder.settings.compilation.cache_lengths()
+        for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
-            prompt = codec.synthetic_prompt(slots - new_tokens, shared.seed)
+            prompt = builder.codec.synthetic_prompt(slots - new_tokens, shared.seed)
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
             if str(slots) in manifest.details["decode_steps"]:
                 own.append("--precompile")
             outcome = run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
                 raise ScriptError(f"the artifact does not hit: {outcome.error}")
-            margins[f"a KV cache of {slots} slots"] = largest_margin(
-                eager, prompt, outcome.document["output"]["token_ids"]
-            )
-    return margins
+            builder.check(slots, prompt, outcome.document["output"]["token_ids"])
 
 
 def write_artifact(pair: ArtifactPair, manifest: Manifest, blob: bytes) -> Manifest:
     return write_pair(
         pair, lambda path: path.write_bytes(blob), lambda record: replace(manifest, file=record)
-    )
-
-
-def describe_warmed(entry: dict) -> str:
-    return (
-        f"  cache of {entry['slots']} slots, prompt of {entry['prompt']} tokens: "
-        f"{entry['unique_graphs']} graph(s), {entry['kernels_compiled']} kernel(s) compiled "
-        f"in {entry['seconds']:.1f} s"
     )

@@ -2,86 +2,56 @@
 
 torch (2.9 to 2.13) saves the sources of a CPU graph's kernels, never the shared objects, so a plain
 load compiles each one, after seconds of instruction-set probing. Here they are one more kind of
-entry in the same blob, with an index of what they were built for:
-
-    record()            before the first compile
-    entries()           at save: what goes into the blob
-    KernelFile          what a load makes of an entry; registered when this module is imported
+entry in the same blob, behind one that says what they were built for.
 """
 
 import functools
 import hashlib
 import inspect
-import json
-import os
-import platform
 import re
 import sysconfig
-import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 # Private, the documented extension point of the mega-cache; the same names on 2.9 to 2.13.
-from torch.compiler._cache import CacheArtifact, CacheArtifactFactory
+from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 
-from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.errors import ArtifactMismatchError
 
 KIND = "kernel_files"
-INDEX = "index.json"
-SCHEMA = 2
-
-# torch names a C++ kernel by a hash: two of its letters are the folder
-FILE_NAME = re.compile(r"[a-z2-7]{2}/c[a-z2-7]{51}\.main\.so")
+BUILT_FOR = "built_for"
+STACK = f"torch {torch.__version__} for {sysconfig.get_config_var('SOABI')}"
+# a digest of the source, and torch's name: a hash, two of whose letters are the folder
+KEY = re.compile(rf"{BUILT_FOR}|[0-9a-f]{{64}}/[a-z2-7]{{2}}/c[a-z2-7]{{51}}\.main\.so")
 # What g++ -march=native may use (inductor passes it); other words of /proc/cpuinfo don't matter.
 CODE_FEATURES = re.compile(
     r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
 )
 
 _recorded: dict[str, Path] = {}  # digest -> shared object that this process has loaded
-_prebuilt: dict[str, Path] = {}  # digest -> shared object that came with a bundle
-_restored: set[Path] = set()
+prebuilt: dict[str, Path] = {}  # digest -> shared object that came with a bundle
 
 
-@dataclass(frozen=True)
-class KernelIndex:
-    """What the kernels of a bundle were built for, and which source each one answers."""
-
-    schema: int
-    torch: str
-    python_abi: str
-    machine: str
-    cpu_features: tuple[str, ...]
-    vector_isa: str  # for messages: cpu_features decides
-    kernels: dict[str, str]  # digest of the kernel's source -> name below the cache folder
-
-
+@CacheArtifactFactory.register
 class KernelFile(CacheArtifact):
-    """One shared object, its key "folder/file"; or the index, its key INDEX."""
+    """One shared object, its key "digest/folder/file"; or, first of all, BUILT_FOR."""
 
     def populate_cache(self) -> None:
-        if self.key == INDEX:
-            _use_index(parse_index(self.content))
-            return
-        path = _path_of(self.key)
-        write_whole(path, self.content)
-        _restored.add(path)
+        from torch._inductor.codecache import write_atomic
+
+        if self.key == BUILT_FOR:
+            check_runs_here(self.content)
+            record()
+        else:
+            digest, _, name = self.key.partition("/")
+            prebuilt[digest] = _cache_root() / name
+            # no reader ever sees half a file, nor a mapped one change
+            write_atomic(str(prebuilt[digest]), self.content, make_dirs=True)
 
     @staticmethod
     def type() -> str:
         return KIND
-
-
-# The registry lives as long as the process and refuses a second class of one name, while tests
-# import this file from both folders. The private dict is the only way to ask (2.9 to 2.13).
-if KIND not in CacheArtifactFactory._artifact_types:
-    CacheArtifactFactory.register(KernelFile)
-
-
-def restored_files() -> frozenset[Path]:
-    """Return the kernels that came with a bundle: they don't count as compiled."""
-    return frozenset(_restored)
 
 
 def _cache_root() -> Path:
@@ -91,95 +61,28 @@ def _cache_root() -> Path:
     return Path(cache_dir()).resolve()
 
 
-def _path_of(name: str) -> Path:
-    """Return the file that entry `name` stands for; raises ArtifactDamagedError for odd names."""
-    if not FILE_NAME.fullmatch(name):
-        raise ArtifactDamagedError(f"entry {name!r} is not a kernel file: not written")
-    path = _cache_root() / name
-    # A folder of the cache may be a link that leads out of it.
-    if not path.parent.resolve().is_relative_to(_cache_root()):
-        raise ArtifactDamagedError(f"entry {name!r} leads out of {_cache_root()}: not written")
-    return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` so that no reader ever sees half a file, nor a mapped one change."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".bundle-")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
 # ---- what a kernel runs on ---------------------------------------------------------------
 
 
-@functools.cache
-def cpu_features() -> tuple[str, ...]:
-    """Return the instruction-set extensions of this processor, sorted; empty where unknown."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ()
-    for line in lines:
-        label, _, words = line.partition(":")
-        if label.strip() == "flags":
-            return tuple(sorted(w for w in set(words.split()) if CODE_FEATURES.match(w)))
-        if label.strip() == "Features":  # aarch64: every word is an extension
-            return tuple(sorted(set(words.split())))
-    return ()
+def cpu_features() -> set[str]:
+    """Return the instruction-set extensions of this processor; empty where unknown."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^(flags|Features)\s*:(.*)", file.read_text() if file.exists() else "", re.M)
+    words = found[2].split() if found else ()
+    # aarch64 lists nothing but extensions
+    return {word for word in words if found[1] == "Features" or CODE_FEATURES.match(word)}
 
 
-def parse_index(content: bytes) -> KernelIndex:
-    try:
-        values = json.loads(content)
-        values["cpu_features"] = tuple(values["cpu_features"])
-        index = KernelIndex(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactDamagedError(f"the bundle's kernel index can't be read: {error}") from error
-    if index.schema != SCHEMA:
+def check_runs_here(built_for: bytes) -> None:
+    """Raise ArtifactMismatchError unless this process can run kernels that were built so."""
+    stack, _, features = built_for.decode(errors="replace").partition("\n")
+    if stack != STACK:
+        raise ArtifactMismatchError(f"C++ kernels built with {stack!r}, this is {STACK!r}")
+    if missing := sorted(set(features.split()) - cpu_features()):
         raise ArtifactMismatchError(
-            f"kernel index of schema {index.schema}, expected {SCHEMA}: rebuild"
+            f"C++ kernels built for a processor with {', '.join(missing)}, which this one lacks: "
+            "rebuild on this machine"
         )
-    return index
-
-
-def check_entries(found: dict[str, bytes]) -> None:
-    """Raise unless every entry has a name that a build writes, and its kernels run here."""
-    if not found:
-        return
-    for name in found.keys() - {INDEX}:
-        _path_of(name)
-    if INDEX not in found:
-        raise ArtifactDamagedError("the blob holds kernel files without their index: rebuild")
-    index = parse_index(found[INDEX])
-    if absent := set(index.kernels.values()) - found.keys():
-        raise ArtifactDamagedError(f"the kernel index names {len(absent)} absent files: rebuild")
-    _check_index(index)
-
-
-def _check_index(index: KernelIndex) -> None:
-    """Raise ArtifactMismatchError unless this process can run the kernels of the bundle."""
-    here = (torch.__version__, sysconfig.get_config_var("SOABI"), platform.machine())
-    for label, built, found in zip(
-        ("torch", "Python ABI", "machine"),
-        (index.torch, index.python_abi, index.machine),
-        here,
-        strict=True,
-    ):
-        if built != found:
-            raise ArtifactMismatchError(f"kernels built for {label} {built}, this is {found}")
-    if missing := sorted(set(index.cpu_features) - set(cpu_features())):
-        raise ArtifactMismatchError(
-            f"C++ kernels built for a processor with {', '.join(missing)} "
-            f"({index.vector_isa}), which this one lacks: rebuild on this machine"
-        )
-
-
-def _use_index(index: KernelIndex) -> None:
-    _check_index(index)
-    _prebuilt.update({digest: _path_of(name) for digest, name in index.kernels.items()})
-    record()
 
 
 # ---- the one door to a kernel ------------------------------------------------------------
@@ -200,9 +103,21 @@ def record() -> None:
 
     def load_pybinding_async(cls, *args, **kwargs):
         digest = _kernel_digest(cls.__name__, signature.bind(cls, *args, **kwargs))
-        if (path := _prebuilt.get(digest)) is not None and path.is_file():
-            return functools.partial(_load_prebuilt, cls, digest, path)
-        return functools.partial(_load_and_record, stock(cls, *args, **kwargs), digest)
+        get_kernel = None if digest in prebuilt else stock(cls, *args, **kwargs)
+
+        def load():
+            if get_kernel is None:
+                path = prebuilt[digest]
+                # The key only names the module; torch uses the file's stem too.
+                module = cls._load_library(str(path), path.name.partition(".")[0])
+                kernel = getattr(module, cls.entry_function)
+            else:
+                kernel = get_kernel()
+            # a builtin's self is its module
+            _recorded[digest] = Path(kernel.__self__.__file__).resolve()
+            return kernel
+
+        return load
 
     Cache.load_pybinding_async = classmethod(load_pybinding_async)
 
@@ -211,43 +126,19 @@ def _kernel_digest(owner: str, call: inspect.BoundArguments) -> str:
     """Return a name for a kernel's source that no folder, compiler or flag goes into.
 
     torch's own name hashes the compiler's command line, and to get that it probes the
-    instruction sets and runs `g++ --version`. The index guards what the name leaves out.
+    instruction sets and runs `g++ --version`. BUILT_FOR guards what the name leaves out.
     """
     call.apply_defaults()
     source = {k: v for k, v in call.arguments.items() if k not in ("cls", "submit_fn")}
     return hashlib.sha256(repr((owner, sorted(source.items()))).encode()).hexdigest()
 
 
-def _load_prebuilt(cls, digest: str, path: Path):
-    _recorded[digest] = path
-    # The key only names the module; torch uses the file's stem too.
-    module = cls._load_library(str(path), path.name.partition(".")[0])
-    return getattr(module, cls.entry_function)
-
-
-def _load_and_record(get_kernel, digest: str):
-    kernel = get_kernel()
-    _recorded[digest] = Path(kernel.__self__.__file__).resolve()  # a builtin's self: its module
-    return kernel
-
-
-def entries() -> list[KernelFile]:
-    """Return the kernels that this process loaded, the index first: it refuses before a write."""
-    if not _recorded:
-        return []
-    # Private, 2.9 to 2.13. Only at build, where inductor has already paid for the probing.
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    root = _cache_root()
-    kernels = {digest: path.relative_to(root).as_posix() for digest, path in _recorded.items()}
-    index = KernelIndex(
-        schema=SCHEMA,
-        torch=torch.__version__,
-        python_abi=sysconfig.get_config_var("SOABI"),
-        machine=platform.machine(),
-        cpu_features=cpu_features(),
-        vector_isa=str(pick_vec_isa()),
-        kernels=kernels,
-    )
-    files = [KernelFile(name, (root / name).read_bytes()) for name in sorted({*kernels.values()})]
-    return [KernelFile(INDEX, json.dumps(asdict(index), sort_keys=True).encode()), *files]
+def save_kernels() -> None:
+    """Put the kernels that this process loaded into the mega-cache that is saved next."""
+    if _recorded:
+        # first: it refuses before anything is written
+        built_for = f"{STACK}\n{' '.join(sorted(cpu_features()))}".encode()
+        CacheArtifactManager.record_artifact(KIND, BUILT_FOR, built_for)
+    for digest, path in _recorded.items():
+        key = f"{digest}/{path.relative_to(_cache_root()).as_posix()}"
+        CacheArtifactManager.record_artifact(KIND, key, path.read_bytes())

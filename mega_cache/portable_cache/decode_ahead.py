@@ -1,23 +1,13 @@
 """Compile the decode step of `generate` ahead of time, and hand it to `generate` in a new process.
 
-A step belongs to one KV cache length, so there is one for each, side by side.
-Build, after the warm-up and before the bundle is saved, for every cache:
-    step = export(model, cache, capture_decode_call(model, cache), compile_mode)
-    bundle.save_bundle({slots: step.content, ...})      the bytes, without the weights
-Run, with `loaded` the loaded bundle and a cache of `slots`:
-    decode = load(loaded.decode_steps[slots], contract, model, cache)
-    install(model, decode)                              before each request with that cache
-
-A loaded start traces nothing, builds no guards and runs no Inductor. Dynamo's guards are dropped at
-export: half of them cannot be written to a file (object identities). What they stood for is the
-`contract`, plain data in the artifact's metadata, compared by `load` (weights, ties, modules,
-cache, versions, device, settings) and by every decode call (inputs).
+A step belongs to one KV cache length, so there is one for each, side by side in the bundle, without
+the weights. A loaded start traces nothing, builds no guards and runs no Inductor. Dynamo's guards
+are dropped at export: half of them cannot be written to a file (object identities). What stands in
+for them is the contract, in the artifact's metadata (decode_contract).
 
 Seen on torch 2.9.1 with transformers 4.57.5 and on torch 2.13.0 with transformers 5.23.0, on CPU.
-The functions named `_torch_...` are the only ones that touch torch's private modules.
 """
 
-import importlib
 import io
 import pickle
 import sys
@@ -34,20 +24,16 @@ from torch.compiler._cache import CacheArtifactManager
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from portable_cache import saved_graphs
-from portable_cache.decode_contract import (
-    DecodeCall,
-    PrecompileMismatch,
-    check_call,
-    check_process,
-    make_contract,
-    split_call,
-)
+from portable_cache.decode_contract import PrecompileMismatch, check, of_call, of_process
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 # how a torch that cannot do it says so: private API that moved, or a graph it cannot write
 FAILURES = (RuntimeError, AttributeError, TypeError, ImportError, pickle.PickleError, EOFError)
+
+# what `generate` passes to its decode function: its tensors, and the contract of all
+DecodeCall = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,83 +56,6 @@ class DecodeStep(nn.Module):
         # only the logits leave the graph: an output class would be one more thing to unpickle
         output = self.model(**tensors, past_key_values=self.cache, **self.constants)
         return output.logits  # (batch, 1, vocab)
-
-
-# ---- build -------------------------------------------------------------------------------
-
-
-def capture_decode_call(model: "PreTrainedModel", cache: "Cache", length: int = 2) -> DecodeCall:
-    """Return the first decode call that `generate` makes, by asking `generate` itself.
-
-    Its arguments differ by version. Leaves the cache reset; raises PrecompileMismatch when
-    `generate` would not compile.
-    """
-    calls: list[DecodeCall] = []
-
-    def note(**kwargs: Any) -> Any:
-        calls.append(split_call(kwargs, cache))
-        return model(**kwargs)
-
-    cache.reset()
-    prompt = torch.ones((1, length), dtype=torch.int64, device=model.device)
-    with installed(model, note):
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            max_new_tokens=2,
-            min_new_tokens=2,  # an early end of sequence would leave no decode call to note
-        )
-    cache.reset()
-    if not calls:
-        raise PrecompileMismatch("generate made no compiled decode call: is the cache static?")
-    return calls[0]
-
-
-def export(model: "PreTrainedModel", cache: "Cache", call: DecodeCall, mode: str) -> ExportedStep:
-    """Compile the decode step and return it without weights and cache.
-
-    Runs the step: Triton picks its configurations at the first run, not at compilation.
-    """
-    step = DecodeStep(model, cache, call.constants)
-    options = _inductor_options(mode)
-    # a CUDA graph is captured around the whole step, here and at a load alike
-    cudagraphs = bool(options.pop("triton.cudagraphs", False)) and model.device.type == "cuda"
-    contract = make_contract(model, cache, call, cudagraphs)
-    with torch.no_grad():  # as `generate` runs it
-        function = _torch_compile_ahead(step, call.tensors, options)
-        run = partial(function, step)
-        run(call.tensors)
-        if cudagraphs:
-            GraphedStep(run, call.tensors)
-    cache.reset()
-    return ExportedStep(_torch_function_bytes(function), contract)
-
-
-# ---- run ---------------------------------------------------------------------------------
-
-
-def load(
-    content: bytes, contract: dict[str, Any], model: "PreTrainedModel", cache: "Cache"
-) -> Callable[..., CausalLMOutputWithPast]:
-    """Return a decode function for `generate`, bound to this process's model and cache.
-
-    `content` is code: its origin must have been checked. Raises PrecompileMismatch before any of it
-    is unpickled if it was built for something else. With CUDA graphs the first call captures one.
-    """
-    check_process(contract, model, cache)
-    step = DecodeStep(model, cache, contract["constants"])
-    run = partial(_torch_load_function(content), step)
-
-    def decode(**kwargs: Any) -> CausalLMOutputWithPast:
-        nonlocal run
-        call = split_call(kwargs, cache)
-        check_call(call, contract)
-        if contract["cudagraphs"] and not isinstance(run, GraphedStep):
-            run = GraphedStep(run, call.tensors)
-        return CausalLMOutputWithPast(logits=run(call.tensors), past_key_values=cache)
-
-    return decode
 
 
 class GraphedStep:
@@ -174,98 +83,142 @@ class GraphedStep:
         return self.logits
 
 
+class StaticInductor(torch._TorchCompileInductorWrapper):  # aot_compile asks for this base class
+    """The Inductor backend, with Dynamo's static shapes.
+
+    torch 2.9.1's aot_compile forgets them: AOTAutograd finds no context for an input in its fresh
+    TracingContext and gives every dimension a symbol, weights included. torch 2.13 hands Dynamo's
+    contexts on, and nothing is left to add.
+    """
+
+    def __call__(self, graph_module: Any, inputs: list[Any]) -> Any:
+        from torch._dynamo.source import ConstantSource
+        from torch._guards import TracingContext
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+        contexts = TracingContext.get().tensor_to_context
+        for index, tensor in enumerate(inputs):
+            if isinstance(tensor, torch.Tensor) and tensor not in contexts:
+                contexts[tensor] = StatefulSymbolicContext(
+                    dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
+                    tensor_source=ConstantSource(f"decode_input_{index}"),
+                )
+        return super().__call__(graph_module, inputs)
+
+
 def install(model: "PreTrainedModel", decode: Callable[..., Any]) -> None:
     """Make `generate` use `decode` for its decode steps; prefill and all else stay as they are."""
     # an instance attribute hides the class's method, on 4.57 and 5.x
     model.get_compiled_call = lambda compile_config: decode
 
 
-def uninstall(model: "PreTrainedModel") -> None:
-    vars(model).pop("get_compiled_call", None)
+# ---- build -------------------------------------------------------------------------------
 
 
-@contextmanager
-def installed(model: "PreTrainedModel", decode: Callable[..., Any]) -> Iterator[None]:
-    install(model, decode)
+def capture_decode_call(model: "PreTrainedModel", cache: "Cache") -> DecodeCall:
+    """Return the first decode call that `generate` makes, by asking `generate` itself.
+
+    Its arguments differ by version. Leaves the cache reset; raises PrecompileMismatch when
+    `generate` would not compile.
+    """
+    calls: list[DecodeCall] = []
+
+    def note(**kwargs: Any) -> Any:
+        calls.append(of_call(**kwargs))
+        return model(**kwargs)
+
+    cache.reset()
+    prompt = torch.ones((1, 2), dtype=torch.int64, device=model.device)
+    install(model, note)
     try:
-        yield
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=2,
+            min_new_tokens=2,  # an early end of sequence would leave no decode call to note
+        )
     finally:
-        uninstall(model)
+        del model.get_compiled_call
+    cache.reset()
+    if not calls:
+        raise PrecompileMismatch("generate made no compiled decode call: is the cache static?")
+    return calls[0]
 
 
-# ---- torch's private modules -------------------------------------------------------------
+def export(model: "PreTrainedModel", cache: "Cache", call: DecodeCall, mode: str) -> ExportedStep:
+    """Compile the decode step and return it, without weights, cache and guards.
 
-
-def _inductor_options(mode: str) -> dict[str, Any]:
-    return {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
-
-
-def _torch_compile_ahead(
-    step: DecodeStep, tensors: dict[str, torch.Tensor], options: dict[str, Any]
-) -> Any:
-    """Return torch's AOTCompiledFunction for the step. Static shapes; no guards."""
+    Runs the step: Triton picks its configurations at the first run, not at compilation.
+    """
     from torch._dynamo import config
 
-    backend = _torch_static_inductor()("default", options, False)
-    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
-    # would record the step among the graphs too, under a key that nobody looks up (1 MB a length)
-    with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
-        compiled = torch._dynamo.optimize(
-            backend=backend,
-            nopython=True,
-            dynamic=False,
-            guard_filter_fn=lambda guards: [False] * len(guards),
-        )(step)
-        return compiled.forward.aot_compile(((tensors,), {}))
-
-
-def _torch_static_inductor() -> type:
-    """Return the Inductor backend that keeps Dynamo's static shapes.
-
-    torch 2.9.1's aot_compile forgets them: AOTAutograd finds no context for an input in its fresh
-    TracingContext and gives every dimension a symbol, weights included. torch 2.13 hands Dynamo's
-    contexts on, and nothing is left to add.
-    """
-    from torch._dynamo.source import ConstantSource
-    from torch._guards import TracingContext
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
-
-    # aot_compile asks isinstance of this base class
-    class StaticInductor(torch._TorchCompileInductorWrapper):
-        def __call__(self, graph_module: Any, inputs: list[Any]) -> Any:
-            contexts = TracingContext.get().tensor_to_context
-            for index, tensor in enumerate(inputs):
-                if isinstance(tensor, torch.Tensor) and tensor not in contexts:
-                    contexts[tensor] = StatefulSymbolicContext(
-                        dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
-                        tensor_source=ConstantSource(f"decode_input_{index}"),
-                    )
-            return super().__call__(graph_module, inputs)
-
-    return StaticInductor
-
-
-def _torch_function_bytes(function: Any) -> bytes:
-    compiled = function._artifacts.compiled_fn
-    if "data" in vars(compiled):  # 2.9.1 pickles the graph when it compiles, not when it is asked
-        compiled.data = saved_graphs.repickle(compiled.data)
+    tensors, contract_of_call = call
+    step = DecodeStep(model, cache, contract_of_call["constants"])
+    options = {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
+    # a CUDA graph is captured around the whole step, here and at a load alike
+    cudagraphs = bool(options.pop("triton.cudagraphs", False)) and model.device.type == "cuda"
+    contract = {
+        "process": of_process(model, cache),
+        "call": contract_of_call,
+        "cudagraphs": cudagraphs,
+    }
+    with torch.no_grad():  # as `generate` runs it
+        # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+        # would record the step among the graphs too, under a key nobody looks up (1 MB a length)
+        with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
+            compiled = torch._dynamo.optimize(
+                backend=StaticInductor("default", options, False),
+                nopython=True,
+                dynamic=False,
+                guard_filter_fn=lambda guards: [False] * len(guards),
+            )(step)
+            function = compiled.forward.aot_compile(((tensors,), {}))
+        run = partial(function, step)
+        run(tensors)
+        if cudagraphs:
+            GraphedStep(run, tensors)
+    cache.reset()
+    graph = function._artifacts.compiled_fn
+    if "data" in vars(graph):  # 2.9.1 pickles the graph when it compiles, not when it is asked
+        graph.data = saved_graphs.repickle(graph.data)
     with saved_graphs.load_ready():
         saved = type(function).serialize(function)
     # as save_compiled_function does; 2.9.1 returns bytes, 2.13 a result that holds them
-    return saved if isinstance(saved, bytes) else saved.serialized_data
+    return ExportedStep(saved if isinstance(saved, bytes) else saved.serialized_data, contract)
 
 
-def _torch_load_function(data: bytes) -> Any:
-    """Return the loaded function, without the guard check of AOTCompiledFunction.__call__.
+# ---- run ---------------------------------------------------------------------------------
 
-    2.9.1 keeps its GLOBAL_STATE guard whatever the filter says; `_system` has what it stood for.
+
+def load(
+    content: bytes, contract: dict[str, Any], model: "PreTrainedModel", cache: "Cache"
+) -> Callable[..., CausalLMOutputWithPast]:
+    """Return a decode function for `generate`, bound to this process's model and cache.
+
+    `content` is code: its origin must have been checked. Raises PrecompileMismatch before any of it
+    is unpickled if it was built for something else. With CUDA graphs the first call captures one.
     """
     import torch._inductor.debug  # a compiled graph asks it at every call, and 2.9.1 forgets to
     from torch._inductor import config
 
+    check(contract["process"], of_process(model, cache))
     # deserialisation reads the global setting, whatever the step was compiled with
     with config.patch({"triton.cudagraphs": False}), _without_the_compiler():
-        return torch.compiler.load_compiled_function(io.BytesIO(data)).fn
+        # `fn`: without the guard check of AOTCompiledFunction.__call__, in which 2.9.1 keeps
+        # GLOBAL_STATE whatever the filter says; what of that can differ here is in `of_process`
+        function = torch.compiler.load_compiled_function(io.BytesIO(content)).fn
+    run = partial(function, DecodeStep(model, cache, contract["call"]["constants"]))
+
+    def decode(**kwargs: Any) -> CausalLMOutputWithPast:
+        nonlocal run
+        tensors, found = of_call(**kwargs)
+        check(contract["call"], found)
+        if contract["cudagraphs"] and not isinstance(run, GraphedStep):
+            run = GraphedStep(run, tensors)
+        return CausalLMOutputWithPast(logits=run(tensors), past_key_values=cache)
+
+    return decode
 
 
 @contextmanager
@@ -274,8 +227,8 @@ def _without_the_compiler() -> Iterator[None]:
 
     FxGraphCache.cache_hit_post_compile (2.9 to 2.13) imports Inductor's code generator (1 s) to
     look at one attribute, a hook of torch's own tests, and starts Triton's driver and ptxas for the
-    key of a cache that only Meta has. Whoever keeps the stand-in gets the real class afterwards, so
-    the process can compile whatever it wants later.
+    key of a cache that only Meta has. Nothing keeps the stand-in, so that the process can compile
+    whatever it wants later.
     """
     from torch._inductor.runtime import autotune_cache
 
@@ -290,10 +243,3 @@ def _without_the_compiler() -> Iterator[None]:
         autotune_cache.has_triton = has_triton
         if module is stand_in:
             del sys.modules[name]
-            _replace_everywhere("GraphLowering", stand_in.GraphLowering, name)
-
-
-def _replace_everywhere(attribute: str, stand_in: Any, real_module: str) -> None:
-    holders = [m for m in [*sys.modules.values()] if vars(m).get(attribute) is stand_in]
-    for holder in holders:
-        setattr(holder, attribute, getattr(importlib.import_module(real_module), attribute))

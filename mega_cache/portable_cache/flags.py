@@ -1,18 +1,11 @@
 """The flags that belong to this folder, and how its scripts group them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from common import cli
 from common.artifacts import ArtifactPair, TrustFlags
-from common.cli import (
-    PromptFlags,
-    SamplingFlags,
-    SharedFlags,
-    flag,
-    non_negative_int,
-    positive_int,
-    positive_ints,
-)
+from common.cli import flag, non_negative_int, positive_int, positive_ints
 from common.store import FetchFlags, PublishFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -21,7 +14,6 @@ RUN_SCRIPT = FOLDER / "run_llama_with_portable_cache.py"
 
 DYNAMIC = {"auto": None, "true": True, "false": False}  # as torch.compile wants it
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-CACHE_IMPLEMENTATIONS = ("static", "offloaded_static")
 
 
 @dataclass(frozen=True)
@@ -29,9 +21,7 @@ class CacheFileFlags:
     """artifact"""
 
     cache_path: Path = flag(
-        FOLDER / "artifacts/llama3b_torchcompile_cache.bin",
-        "file of the portable cache",
-        often=True,
+        FOLDER / "artifacts/llama3b_torchcompile_cache.bin", "the portable cache", often=True
     )
     metadata_path: Path | None = flag(
         None, "its metadata; without it NAME_meta.json beside the artifact NAME.bin"
@@ -48,30 +38,21 @@ class CompileFlags:
 
     prefill_lengths: tuple[int, ...] = flag(
         (128, 256, 512, 1024),
-        "prompt lengths in tokens: for each one a KV cache of so many slots and --decode-length "
-        "more is warmed up",
+        "prompt lengths in tokens: each one warms a KV cache with --decode-length slots more",
         parse=positive_ints,
     )
     decode_length: int = flag(
-        128,
-        "slots (tokens) that a KV cache has beyond its prefill length; as many tokens are "
-        "generated to warm it up",
-        parse=positive_int,
+        128, "slots (tokens) of a KV cache beyond its prefill length", parse=positive_int
     )
     max_cache_len: int = flag(
-        2048, "slots (tokens) of one more KV cache, for all other prompts; 0 is none",
-        parse=non_negative_int,
-    )  # fmt: skip
+        2048, "slots (tokens) of a KV cache for all other prompts; 0: none", parse=non_negative_int
+    )
     cache_implementation: str = flag(
-        "static", "KV cache of `generate`; only static ones compile", choices=CACHE_IMPLEMENTATIONS
+        "static", "KV cache of `generate`: the one that compiles", choices=("static",)
     )
     compile_dynamic: str = flag("auto", "torch.compile's `dynamic`", choices=tuple(DYNAMIC))
     compile_mode: str = flag("max-autotune", "torch.compile's `mode`", choices=COMPILE_MODES)
     fullgraph: bool = flag(False, "fail on a graph break instead of compiling around it")
-
-    def __post_init__(self):
-        if self.max_cache_len == 1:
-            raise ValueError("--max-cache-len 1 leaves no room for a token after the prompt")
 
     def cache_lengths(self) -> dict[int, int]:
         """Return {slots of a KV cache: prompt length in tokens to warm it up with}, ascending."""
@@ -80,6 +61,10 @@ class CompileFlags:
             shortest = min(self.prefill_lengths)
             lengths.setdefault(self.max_cache_len, min(shortest, self.max_cache_len - 1))
         return dict(sorted(lengths.items()))
+
+    def slots_for(self, tokens: int) -> int:
+        """Return the slots of the shortest warmed KV cache that holds `tokens`, else `tokens`."""
+        return min((slots for slots in self.cache_lengths() if slots >= tokens), default=tokens)
 
 
 # what makes a trial of the run script one of its mode, after the user's own words
@@ -90,7 +75,7 @@ MODE_WORDS = {
 }
 
 # a run's own defaults: what it is not told comes from the artifact
-UNTOLD = dict.fromkeys((field.name for field in fields(CompileFlags)), None)
+UNTOLD = dict.fromkeys(vars(CompileFlags()))
 
 
 @dataclass(frozen=True)
@@ -128,24 +113,27 @@ class LoadFlags:
     require_hit: bool = flag(False, "end with status 4 when anything had to be compiled or tuned")
 
     def __post_init__(self):
-        if self.eager and self.load_artifacts:
-            raise ValueError("--eager compiles nothing, so there is nothing to --load-artifacts")
-        if self.eager and self.require_hit:
-            raise ValueError("--eager compiles nothing, so --require-hit has nothing to check")
-        if self.precompile and (self.eager or self.load_artifacts is False):
+        if self.eager and (self.load_artifacts or self.require_hit):
+            raise ValueError("--eager compiles nothing: nothing to load, nothing to check")
+        if self.precompile and self.mode != "load":
             raise ValueError("--precompile takes its decode step from the artifact: load it")
 
     @property
+    def mode(self) -> str:
+        if self.eager:
+            return "eager"
+        return "skip" if self.load_artifacts is False else "load"
+
+    @property
     def must_load(self) -> bool:
-        """Whether a run without the artifact is an error."""
-        return bool(self.load_artifacts or self.require_hit)
+        return bool(self.load_artifacts or self.require_hit or self.precompile)
 
 
 @dataclass(frozen=True)
 class BuildSettings:
     """Every flag of a build, by group."""
 
-    shared: SharedFlags
+    shared: cli.SharedFlags
     compilation: CompileFlags
     build: BuildFlags
     files: CacheFileFlags
@@ -156,9 +144,9 @@ class BuildSettings:
 class RunSettings:
     """Every flag of one run, by group."""
 
-    shared: SharedFlags
-    prompt: PromptFlags
-    sampling: SamplingFlags
+    shared: cli.SharedFlags
+    prompt: cli.PromptFlags
+    sampling: cli.SamplingFlags
     loading: LoadFlags
     compilation: CompileFlags  # None in a field: not told
     files: CacheFileFlags

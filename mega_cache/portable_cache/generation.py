@@ -8,16 +8,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    CompileConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    StaticCache,
-)
-from transformers.utils import logging
+import transformers
+from transformers import Cache, PreTrainedModel
 
 from common.cli import SamplingFlags
 from common.errors import UsageError
@@ -33,12 +25,13 @@ def make_model(
     target: Target, tensors: dict[str, torch.Tensor], attention_name: str
 ) -> PreTrainedModel:
     """Return the model in eval mode over `tensors`; gradients are off for the whole process."""
-    logging.set_verbosity_error()  # its advice is about flags we pass on purpose
+    # its advice is about flags we pass on purpose
+    transformers.utils.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
     attention.register()
-    config = AutoConfig.from_pretrained(target.checkpoint.folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(target.checkpoint.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=target.dtype, attn_implementation=attention_name
         )
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -54,78 +47,58 @@ def make_model(
 
 def configure_generation(
     model: PreTrainedModel,
-    flags: CompileFlags,
+    flags: CompileFlags | None,
     max_new_tokens: int,
-    eos_token_ids: tuple[int, ...],
-    padding_id: int,
-    sampling: SamplingFlags,
-    eager: bool = False,
+    eos_token_ids: tuple[int, ...] = (),
+    padding_id: int = 0,
+    sampling: SamplingFlags | None = None,
 ) -> None:
-    """Set every choice of `generate`, so that none is left to the checkpoint's own defaults."""
-    if flags.compile_dynamic == "true":
-        # otherwise Dynamo makes a symbol of every float, finds that it needs the number, and traces
-        # again: one AOTAutograd miss more per graph, at build and at run alike
-        torch._dynamo.config.specialize_float = True
-    compile_config = CompileConfig(
+    """Set every choice of `generate`, none is left to the checkpoint; `flags` None is eager."""
+    compiling = flags and transformers.CompileConfig(
         fullgraph=flags.fullgraph, dynamic=DYNAMIC[flags.compile_dynamic], mode=flags.compile_mode
     )
-    # private (transformers 4.57, 5.x): without it generate compiles on accelerators only
-    compile_config._compile_all_devices = True
-    samples = {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-    }
-    model.generation_config = GenerationConfig(
+    if compiling:
+        # private (transformers 4.57, 5.x): without it generate compiles on accelerators only
+        compiling._compile_all_devices = True
+        if compiling.dynamic:
+            # otherwise Dynamo makes a symbol of every float, finds that it needs the number, and
+            # traces again: one AOTAutograd miss more per graph, at build and at run alike
+            torch._dynamo.config.specialize_float = True
+    model.generation_config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=padding_id,
-        compile_config=None if eager else compile_config,
-        disable_compile=eager,
-        **(samples if sampling.temperature else {}),
+        compile_config=compiling,
+        disable_compile=compiling is None,
+        **({"do_sample": True, **vars(sampling)} if sampling and sampling.temperature else {}),
     )
 
 
-def make_cache(model: PreTrainedModel, flags: CompileFlags, slots: int) -> Cache:
+def make_cache(model: PreTrainedModel, slots: int) -> Cache:
     """Return a static KV cache, each layer (1, kv_heads, slots, head_dim), already allocated.
 
     Allocated before anything is compiled: CUDA graphs replay only over addresses that stay.
     """
     config = model.config
-    cache = StaticCache(
-        config=config,
-        max_cache_len=slots,
-        offloading=flags.cache_implementation == "offloaded_static",
-    )
-    if flags.cache_implementation == "static":  # an offloaded one moves its layers as it goes
-        cache.early_initialization(
-            batch_size=1,
-            num_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            dtype=model.dtype,
-            device=model.device,
-        )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = transformers.StaticCache(config=config, max_cache_len=slots)
+    cache.early_initialization(1, config.num_key_value_heads, width, model.dtype, model.device)
     return cache
 
 
 def make_generate(
-    model: PreTrainedModel,
-    cache: Cache | None,
-    seed: int,
-    padded_length: Callable[[int], int] = lambda length: length,
+    model: PreTrainedModel, cache: Cache | None, seed: int, padded: Callable[[list[int]], int] = len
 ) -> Generate:
     """Return how a request is served; `cache` None is `generate`'s own, growing one.
 
-    `padded_length` says to how many tokens a prompt is padded on the left.
+    `padded` says to how many tokens a prompt is padded on the left.
     """
 
     def generate(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
         torch.manual_seed(seed)
         if cache is not None:
             cache.reset()  # its slots and its length are the last request's
-        padding = padded_length(len(prompt)) - len(prompt)
+        padding = padded(prompt) - len(prompt)
         ids = [model.generation_config.pad_token_id] * padding + prompt
         mask = [0] * padding + [1] * len(prompt)
         with nullcontext() if padding else attention.from_first_slot():
@@ -138,11 +111,6 @@ def make_generate(
         return output[0, len(ids) :].tolist()
 
     return generate
-
-
-def import_compiler() -> None:
-    """Import what the first compiled call would, so that request 1 does not pay for it."""
-    import torch._inductor.compile_fx  # noqa: F401
 
 
 def forget_compiled_state(model: PreTrainedModel) -> None:

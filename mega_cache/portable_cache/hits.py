@@ -7,14 +7,12 @@ missed(lookups, those of the build)    one line for each miss; empty is a full h
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
-_TENSOR = re.compile(r"dtype=torch\.(?P<dtype>\w+), shape=torch\.Size\((?P<shape>[^)]*)\)")
+# how torch writes a part of a key
 _COMPONENT = re.compile(r"\[(?P<digest>[^\]]+)\] (?P<name>.*?): (?P<value>.*)", re.DOTALL)
-_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -22,105 +20,63 @@ class Lookup:
     cache: str  # "fx_graph" or "aot_autograd"
     key: str
     hit: bool
-    components: dict[str, str]  # part of the key -> its digest and a shortened value
-
-
-_known_keys: set[str] = set()
-
-
-def know_keys(keys: Iterable[str]) -> None:
-    """Spell out no parts of these keys when they are looked up: on 2.13 that is costly."""
-    _known_keys.update(keys)
+    components: dict[str, Sequence[str]]  # of an fx_graph's key: its digest and a shortened value
 
 
 @functools.cache
 def watch_lookups() -> list[Lookup]:
     """Return a list that grows with every look-up of this process: observed, nothing steered."""
-    lookups: list[Lookup] = []
-    _observe_fx_cache(lookups)
-    _observe_aot_cache(lookups)
-    return lookups
-
-
-def _observe_fx_cache(lookups: list[Lookup]) -> None:
-    # Private, 2.9 to 2.13: every look-up passes here, from AOTAutograd's hit and from a compile.
+    # Private, 2.9 to 2.13. AOTAutograd's cache is asked first; at its hit and at a compile alike
+    # the FX graph's is, and what makes the one miss shows in the key of the other.
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
     from torch._inductor.codecache import FxGraphCache
 
-    stock = FxGraphCache.load_with_key
-
-    @functools.wraps(stock)
-    def load_with_key(key, debug_lines, *args, **kwargs):
-        graph, info = stock(key, debug_lines, *args, **kwargs)
-        lookups.append(Lookup("fx_graph", key, graph is not None, key_components(debug_lines)))
-        return graph, info
-
-    FxGraphCache.load_with_key = staticmethod(load_with_key)
-
-
-def _observe_aot_cache(lookups: list[Lookup]) -> None:
-    # Private, 2.9 to 2.13: the key is made first, then looked up.
-    from torch._functorch._aot_autograd import autograd_cache
-
-    lines_of: dict[str, list[str]] = {}
-    stock_key = autograd_cache.autograd_cache_key
-    stock_lookup = autograd_cache.AOTAutogradCache._lookup
-
-    @functools.wraps(stock_key)
-    def autograd_cache_key(*args, **kwargs):
-        key, lines = stock_key(*args, **kwargs)
-        lines_of[key] = lines
-        return key, lines
+    lookups: list[Lookup] = []
+    stock_lookup, stock_load = AOTAutogradCache._lookup, FxGraphCache.load_with_key
 
     @functools.wraps(stock_lookup)
     def lookup(key, *args, **kwargs):
-        result = stock_lookup(key, *args, **kwargs)
-        components = key_components(lines_of.get(key, ()))
-        lookups.append(Lookup("aot_autograd", key, result is not None, components))
-        return result
+        found = stock_lookup(key, *args, **kwargs)
+        lookups.append(Lookup("aot_autograd", key, found is not None, {}))
+        return found
 
-    autograd_cache.autograd_cache_key = autograd_cache_key
-    autograd_cache.AOTAutogradCache._lookup = staticmethod(lookup)
-    # Later torch (seen on 2.13) spells out the parts of a key only for a debug log.
-    if hasattr(autograd_cache, "_get_debug_lines_for_cache_key"):
-        autograd_cache._get_debug_lines_for_cache_key = _lines_unless_known
+    @functools.wraps(stock_load)
+    def load_with_key(key, debug_lines, *args, **kwargs):
+        graph, info = stock_load(key, debug_lines, *args, **kwargs)
+        parts = [part for line in debug_lines if (part := _COMPONENT.fullmatch(line))]
+        components = {p["name"]: (p["digest"], " ".join(p["value"].split())[:80]) for p in parts}
+        lookups.append(Lookup("fx_graph", key, graph is not None, components))
+        return graph, info
 
-
-def _lines_unless_known(pickler, details, key) -> list[str]:
-    return [] if key in _known_keys else pickler.debug_lines(details)
-
-
-def key_components(lines: Iterable[str]) -> dict[str, str]:
-    """Return {part of a cache key: "digest value"} from torch's "[digest] name: value" lines."""
-    parts = (_COMPONENT.fullmatch(line) for line in lines)
-    return {p["name"]: f"{p['digest'][:12]} {_shortened(p['value'])}" for p in parts if p}
-
-
-def _shortened(value: str) -> str:
-    tensor = _TENSOR.search(value)
-    return f"{tensor['dtype']}{tensor['shape']}" if tensor else " ".join(value.split())[:60]
-
-
-def parse_lookups(records: list[dict]) -> list[Lookup]:
-    """Return the look-ups that a build wrote into its metadata."""
-    return [Lookup(**record) for record in records]
-
-
-# ---- what did not hit --------------------------------------------------------------------
+    AOTAutogradCache._lookup = staticmethod(lookup)
+    FxGraphCache.load_with_key = staticmethod(load_with_key)
+    return lookups
 
 
 def missed(lookups: Sequence[Lookup], built: Sequence[Lookup]) -> list[str]:
     """Return one line for each look-up that missed: in what it differs from the build's nearest."""
-    return [
-        f"{lookup.cache} {lookup.key[:12]} missed: "
-        + ("; ".join(_differing(lookup, built)) or "no graph of the build is comparable")
-        for lookup in _without_abandoned(lookups)
-        if not lookup.hit
-    ]
+    lines = []
+    for lookup in (one for one in lookups if not one.hit):
+        differing = [_differences(lookup, other) for other in built if other.components]
+        nearest = min(differing, key=len, default=[]) if lookup.components else []
+        why = f": {'; '.join(nearest[:8])}" if nearest else ""
+        lines.append(f"{lookup.cache} {lookup.key[:12]} missed{why}")
+    return lines
+
+
+def _differences(run: Lookup, other: Lookup) -> list[str]:
+    differing = []
+    for name in sorted(run.components.keys() | other.components.keys()):
+        digest, value = run.components.get(name, ("", "absent"))
+        digest_built, value_built = other.components.get(name, ("", "absent"))
+        if digest != digest_built:  # alone: a value may show an address, which is not in the key
+            differing.append(f"{name}: built {value_built}, run {value}")
+    return differing
 
 
 def made_anew(counts: dict[str, int | None], kernels: Sequence[Path]) -> list[str]:
     """Return one line for each kind of thing that was built in this process and not loaded."""
-    names = ", ".join(path.name for path in kernels[:_NAMED_AT_MOST])
+    names = ", ".join(path.name for path in kernels[:5])
     kinds = {
         "kernels_compiled": f"kernels compiled ({names})",
         "kernels_tuned": "kernels tuned",
@@ -128,48 +84,3 @@ def made_anew(counts: dict[str, int | None], kernels: Sequence[Path]) -> list[st
         "compile_workers": "pools of compile workers started",
     }
     return [f"{counts[name]} {text}" for name, text in kinds.items() if counts.get(name)]
-
-
-def _without_abandoned(lookups: Sequence[Lookup]) -> list[Lookup]:
-    """Return `lookups` less the AOTAutograd misses after which nothing was compiled.
-
-    With `dynamic=True` dynamo makes Python floats symbolic, AOTAutograd turns them back into
-    numbers and has the trace start over (TensorifyScalarRestartAnalysis, 2.9 to 2.13). The first
-    trace's look-up misses at build and at run alike. A miss that leads to a compile is followed
-    by a look-up of its FX graph; that one by another AOTAutograd look-up.
-    """
-    following = [lookup.cache for lookup in lookups[1:]]
-    return [
-        lookup
-        for lookup, after in zip_longest(lookups, following)
-        if lookup.hit or lookup.cache != "aot_autograd" or after != "aot_autograd"
-    ]
-
-
-def _differing(run: Lookup, built: Sequence[Lookup], most: int = 8) -> list[str]:
-    """Return "name: built ..., run ..." for the parts in which a missed key differs.
-
-    Compared with the look-up of the same cache at build that differs in the fewest parts.
-    """
-    candidates = [one for one in built if one.cache == run.cache and one.components]
-    if not candidates or not run.components:
-        return []
-    nearest, names = min(
-        ((other, _differences(run, other)) for other in candidates), key=lambda pair: len(pair[1])
-    )
-    shown = [f"{n}: built {_value(nearest, n)}, run {_value(run, n)}" for n in names[:most]]
-    return shown + ([f"and {len(names) - most} more"] if len(names) > most else [])
-
-
-def _differences(one: Lookup, other: Lookup) -> list[str]:
-    names = sorted(one.components.keys() | other.components.keys())
-    return [name for name in names if _digest(one, name) != _digest(other, name)]
-
-
-def _digest(lookup: Lookup, name: str) -> str:
-    # Alone: a value may show an address, which is not in the key.
-    return lookup.components.get(name, "").partition(" ")[0]
-
-
-def _value(lookup: Lookup, name: str) -> str:
-    return lookup.components.get(name, "? absent").partition(" ")[2]

@@ -1,106 +1,109 @@
-"""From the artifact on disk into this process's compiler caches."""
+"""The compiler of a run, and the artifact on its way from disk into the compiler's caches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from common.artifacts import ArtifactPair, TrustFlags, open_verified, read_blob
+from common.artifacts import open_verified, read_blob
 from common.cli import Console
-from common.compile_counts import Watch
-from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import Manifest, describe, differences, raise_if_different
+from common.compile_counts import Watch, compiled_kernels, watch_compilation
+from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
+from common.manifest import describe, differences, raise_if_different
 from common.report import environment
 from common.target import Target
+from common.toolchain import prepare_toolchain
 from portable_cache import bundle, decode_ahead, hits
-from portable_cache.flags import APPROACH, CompileFlags
+from portable_cache.flags import APPROACH, RunSettings
 from portable_cache.recipe import find_differences
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What came out of an artifact."""
+@dataclass
+class Compiler:
+    """What is watched of the compiler, and what an artifact brought, if one was loaded."""
 
-    pair: ArtifactPair
-    manifest: Manifest
-    verify_seconds: float
-    bundle: bundle.LoadedBundle
-    lookups: list[hits.Lookup]  # those of the build
+    watch: Watch
+    lookups: list[hits.Lookup]  # of this process: it grows
+    built: list[hits.Lookup] = field(default_factory=list)  # those of the build
+    step: tuple[bytes, dict] | None = None  # the precompiled decode step: content, contract
+    artifact: dict[str, Any] | None = None  # as the result tells it
 
-    def as_json(self) -> dict:
-        return {
-            "name": self.pair.path.name,
-            "sha256": self.manifest.file["sha256"],
-            "bytes": self.manifest.file["bytes"],
-            "verify_seconds": self.verify_seconds,
-            "entries": self.bundle.entries,
+    def load(self, settings: RunSettings, target: Target, slots: int, console: Console) -> None:
+        """Check the artifact against this run, then load it; each doubt is an error of its kind."""
+        bundle.check_caches_are_on()
+        pair, flags = settings.files.pair(), settings.compilation
+        with open_verified(pair, APPROACH, settings.trust, console) as verified:
+            manifest = verified.manifest
+            raise_if_different(pair.path, find_differences(manifest, target, flags))
+            if slots not in flags.cache_lengths():
+                raise ArtifactMismatchError(
+                    f"prompt and new tokens need {slots} slots, the longest KV cache of "
+                    f"{pair.path} has {max(flags.cache_lengths())}: shorten them, or rebuild with "
+                    "a larger --max-cache-len"
+                )
+            for difference in differences(manifest.environment, environment(), ("driver",)):
+                console.warn(f"{describe([difference])}: usually harmless")
+            blob = read_blob(verified)
+        try:
+            loaded = bundle.load_bundle(blob)
+        except (ArtifactDamagedError, ArtifactMismatchError) as error:
+            raise type(error)(f"{pair.path}: {error}") from error
+        self.watch.restored.update(loaded.restored)
+        self.built = [hits.Lookup(**record) for record in manifest.details["graphs"]]
+        if content := loaded.decode_steps.get(slots):
+            self.step = content, manifest.details["decode_steps"][str(slots)]
+        self.artifact = {
+            "name": pair.path.name,
+            **manifest.file,
+            "verify_seconds": verified.verify_seconds,
+            "entries": loaded.entries,
+            "precompiled": False,
+            "slots": slots,
         }
 
+    def use_decode_step(
+        self, wanted: bool | None, model: PreTrainedModel, cache: Cache, console: Console
+    ) -> None:
+        """Hand the artifact's decode step to `generate`, which traces one without it.
 
-def load_artifact(
-    pair: ArtifactPair,
-    target: Target,
-    flags: CompileFlags,
-    trust: TrustFlags,
-    watch: Watch,
-    console: Console,
-) -> Loaded:
-    """Check the artifact against this run, then load it; any doubt is an error of its own kind."""
-    bundle.check_caches_are_on()
-    with open_verified(pair, APPROACH, trust, console) as verified:
-        manifest = verified.manifest
-        lookups = _lookups_of(pair, manifest)
-        raise_if_different(pair.path, find_differences(manifest, target, flags))
-        for difference in differences(manifest.environment, environment(), ("driver",)):
-            console.warn(f"{describe([difference])}: usually harmless")
-        blob = read_blob(verified)
-    try:
-        loaded = bundle.load_bundle(blob)
-    except (ArtifactDamagedError, ArtifactMismatchError) as error:
-        raise type(error)(f"{pair.path}: {error}") from error
-    watch.restored.update(loaded.restored)
-    hits.know_keys(key for keys in loaded.graph_keys.values() for key in keys)
-    return Loaded(pair, manifest, verified.verify_seconds, loaded, lookups)
-
-
-def use_decode_step(
-    loaded: Loaded | None,
-    slots: int,
-    wanted: bool | None,
-    model: PreTrainedModel,
-    cache: Cache | None,
-    console: Console,
-) -> bool:
-    """Hand the artifact's decode step for this cache to `generate`; return whether it is in use.
-
-    `wanted` None takes it when it is there and fits, with one warning when it does not fit.
-    """
-    contract = loaded.manifest.details["decode_steps"].get(str(slots)) if loaded else None
-    if wanted is False or (contract is None and wanted is None):
-        return False
-    try:
-        if contract is None:
-            raise decode_ahead.PrecompileMismatch(
+        `wanted` None takes it when it is there and fits, with one warning when it does not fit.
+        """
+        if wanted and self.step is None:
+            slots = cache.layers[0].keys.shape[2]
+            raise ArtifactMismatchError(
                 f"the artifact has no precompiled decode step for {slots} slots: ./build.sh "
                 "--precompile makes one"
             )
-        content = loaded.bundle.decode_steps[slots]
-        decode = decode_ahead.load(content, contract, model, cache)
-    except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
-        if wanted:
-            raise ArtifactMismatchError(str(error)) from error
-        console.warn(f"{error}; tracing instead")
-        return False
-    decode_ahead.install(model, decode)
-    return True
+        if self.step and self.artifact and wanted is not False:
+            try:
+                decode_ahead.install(model, decode_ahead.load(*self.step, model, cache))
+                self.artifact["precompiled"] = True
+                return
+            except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
+                if wanted:
+                    raise ArtifactMismatchError(str(error)) from error
+                console.warn(f"{error}; tracing instead")
+        import torch._inductor.compile_fx  # noqa: F401  or request 1 would pay for it
+
+    def describe(self, counts: dict[str, int | None]) -> dict[str, Any]:
+        """Return what was loaded, what was looked up, and what did not hit."""
+        graphs = [{"cache": one.cache, "key": one.key, "hit": one.hit} for one in self.lookups]
+        misses = hits.missed(self.lookups, self.built)
+        misses += hits.made_anew(counts, compiled_kernels(self.watch))
+        return {"artifact": self.artifact, "graphs": graphs, "misses": misses}
 
 
-def _lookups_of(pair: ArtifactPair, manifest: Manifest) -> list[hits.Lookup]:
-    try:
-        if not isinstance(manifest.details["decode_steps"], dict):
-            raise TypeError("decode_steps")
-        return hits.parse_lookups(manifest.details["graphs"])
-    except (KeyError, TypeError) as error:
-        raise ArtifactDamagedError(
-            f"{pair.metadata_path} does not list the graphs of its build ({error}): "
-            "build it again with ./build.sh"
-        ) from error
+def open_compiler(settings: RunSettings, target: Target, slots: int, console: Console) -> Compiler:
+    """Set the compiler up, and load the artifact: must, must not, or if it can be."""
+    bundle.configure()
+    compiler = Compiler(watch_compilation(), hits.watch_lookups())
+    if settings.loading.mode == "load":
+        try:
+            compiler.load(settings, target, slots, console)
+            return compiler
+        except ScriptError as error:
+            if settings.loading.must_load:
+                raise
+            console.warn(f"{error}; compiling instead")
+    prepare_toolchain(target.device, host_code=False, console=console)
+    return compiler

@@ -1,8 +1,5 @@
 """Change compiled graphs as they are pickled, so that a load has nothing left to do but to load.
 
-    with load_ready():          what is pickled in here loads without tuning and compiling
-    repickle(content)           the same for what torch has pickled already
-
 Each Triton kernel is pinned to the configuration it ran with (tuned_kernels). The generated code
 imports only what it uses: its head asks for Inductor's code generator and matrix templates (1.3 s),
 of which the code below seldom uses anything. And a load doesn't add the build's counts to its own,
@@ -24,8 +21,7 @@ from portable_cache import tuned_kernels
 if TYPE_CHECKING:
     from torch._inductor.output_code import CompiledFxGraph
 
-GENERATOR = "torch._inductor"
-# `extern_kernels` names library calls; most are torch's own functions under the same name
+# names library calls; most are torch's own functions under the same name
 LIBRARY_CALLS = "extern_kernels"
 
 
@@ -53,11 +49,8 @@ def repickle(content: bytes) -> bytes:
 
 def _reduce_graph(graph: "CompiledFxGraph") -> tuple:
     build, arguments, state, *_ = object.__reduce_ex__(graph, 2)
-    changes = {
-        "source_code": import_only_what_is_used(state["source_code"]),
-        "counter_deltas": Counter(),
-    }
-    return build, arguments, state | changes
+    source_code = import_only_what_is_used(state["source_code"])
+    return build, arguments, state | {"source_code": source_code, "counter_deltas": Counter()}
 
 
 def import_only_what_is_used(source: str) -> str:
@@ -69,7 +62,7 @@ def import_only_what_is_used(source: str) -> str:
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines = source.splitlines(keepends=True)
     for node in tree.body:
-        if not isinstance(node, ast.ImportFrom) or not node.module.startswith(GENERATOR):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("torch._inductor"):
             continue
         names = [alias.asname or alias.name for alias in node.names]
         if not used.intersection(names):
@@ -78,18 +71,14 @@ def import_only_what_is_used(source: str) -> str:
             replacement = f"import torch as {LIBRARY_CALLS}\n"
         else:
             continue
-        lines[node.lineno - 1 : node.end_lineno] = [replacement] + ["\n"] * (
-            node.end_lineno - node.lineno
-        )
+        more_lines = node.end_lineno - node.lineno
+        lines[node.lineno - 1 : node.end_lineno] = [replacement] + ["\n"] * more_lines
     return "".join(lines)
 
 
 def _all_are_torchs_own(tree: ast.Module) -> bool:
     from torch._inductor.select_algorithm import extern_kernels
 
-    nodes = list(ast.walk(tree))
-    mentions = {n for n in nodes if isinstance(n, ast.Name) and n.id == LIBRARY_CALLS}
-    calls = [n.attr for n in nodes if isinstance(n, ast.Attribute) and n.value in mentions]
-    return len(calls) == len(mentions) and all(
-        getattr(torch, name, None) is getattr(extern_kernels, name) for name in calls
-    )
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    calls = [node.attr for node in attributes if getattr(node.value, "id", "") == LIBRARY_CALLS]
+    return all(getattr(torch, name, None) is getattr(extern_kernels, name) for name in calls)

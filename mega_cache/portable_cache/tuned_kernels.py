@@ -6,11 +6,6 @@ it, and a process that loads the graph tunes again and compiles what tuning asks
 max-autotune every kernel, in the other modes those with several configurations, and reductions that
 need many registers. torch has no setting against it (2.9 to 2.13; pytorch #172819).
 
-    configure()                 at a build and at a run, before the first compile
-    watch()                     at a build, before the first compile
-    reduce_bundle(bundle)       while a graph is pickled: its kernels as they ran
-    check_all_pinned()          afterwards: raises UnpinnedKernels unless that was every kernel
-
 A kernel is pinned when it ran and when torch can launch it without Triton ("statically"). Any other
 would be compiled or tuned again, so it fails the build instead. Private names, the same on torch
 2.9 to 2.13 unless a comment says otherwise.
@@ -35,39 +30,22 @@ NO_MORE_TUNING = {
 }
 
 _autotuners: dict[str, list["CachingAutotuner"]] = {}  # by digest of the kernel's source
-_ran: dict[int, "CachingAutotuner"] = {}  # id -> itself, so that the id stays its own
+ran: dict[int, "CachingAutotuner"] = {}  # id -> itself, so that the id stays its own
 _unpinned: set[str] = set()
-
-
-class UnpinnedKernels(ScriptError):
-    """Some kernels of this build would be compiled or tuned again by every load."""
-
-
-def configure() -> None:
-    """Make every kernel one that can be pinned. Part of the cache key: at build and run alike."""
-    from torch._inductor import config
-
-    # Triton cuts the name of a kernel's file at 150 characters, and then torch doesn't find the
-    # file. A descriptive name lists all operators of the kernel and gets that long.
-    config.triton.descriptive_names = False
-    # kernels that a model brings, through torch.library.triton_op
-    config.static_launch_user_defined_triton_kernels = True
 
 
 @functools.cache
 def watch() -> None:
     """Remember every Triton kernel that is compiled or loaded, and which of them run.
 
-    Kernels that select_algorithm tries out belong to no graph: they run as benchmarks only.
+    At a build, before the first compile. Kernels that select_algorithm tries out belong to no
+    graph: they run as benchmarks only.
     """
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from torch._inductor.triton_bundler import TritonBundler
 
-    put, load, run = (
-        TritonBundler.put_static_autotuner,
-        TritonBundler.load_autotuners,
-        CachingAutotuner.run,
-    )
+    put, load = TritonBundler.put_static_autotuner, TritonBundler.load_autotuners
+    run = CachingAutotuner.run
 
     def put_static_autotuner(key, kernel):
         _autotuners.setdefault(key, []).append(kernel)
@@ -80,7 +58,7 @@ def watch() -> None:
 
     def run_and_remember(self, *args, benchmark_run=False, **kwargs):
         if not benchmark_run:
-            _ran[id(self)] = self
+            ran[id(self)] = self
         return run(self, *args, benchmark_run=benchmark_run, **kwargs)
 
     TritonBundler.put_static_autotuner = staticmethod(put_static_autotuner)
@@ -88,46 +66,44 @@ def watch() -> None:
     CachingAutotuner.run = run_and_remember
 
 
-def any_ran() -> bool:
-    return bool(_ran)
-
-
 def check_all_pinned() -> None:
-    """Raise UnpinnedKernels, naming them, unless what was pickled has every kernel that ran."""
+    """Raise ScriptError, naming them, unless what was pickled has every kernel that ran."""
     static = {id(kernel) for kernels in _autotuners.values() for kernel in kernels}
-    never_static = {_name(kernel) for key, kernel in _ran.items() if key not in static}
-    problems = [
-        f"{name} ran, but torch cannot launch it without Triton" for name in sorted(never_static)
-    ]
+    never_static = {
+        kernel.inductor_meta.get("kernel_name", "a kernel without a name")
+        for key, kernel in ran.items()
+        if key not in static
+    }
+    problems = [f"{n} ran, but torch cannot launch it without Triton" for n in sorted(never_static)]
     problems += [f"{name} was compiled, but never ran" for name in sorted(_unpinned)]
     if problems:
-        raise UnpinnedKernels(
-            "every load would compile or tune again: " + "; ".join(problems) + ". Nothing is saved"
+        raise ScriptError(
+            f"every load would compile or tune again: {'; '.join(problems)}. Nothing is saved"
         )
 
 
 def reduce_bundle(bundle: "TritonBundle") -> tuple[type, tuple]:
     """Return what pickle makes of a bundle: its kernels as they ran, one cubin each."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.runtime.triton_heuristics import triton_hash_to_path_key
+    from torch._inductor.triton_bundler import TritonKernelArtifact, TritonKernelArtifacts
+
     pinned, artifacts = [], []
     for entry in bundle.static_autotuners:
-        live = next(
-            (k for k in reversed(_autotuners.get(entry.cache_key, [])) if id(k) in _ran), None
-        )
-        if live is None:
+        live = [one for one in _autotuners.get(entry.cache_key, ()) if id(one) in ran]
+        if not live:
             _unpinned.add(entry.kernel_name)
             continue
-        kernel = _with_winner_only(entry.kernel, live)
+        kernel, winner = copy.copy(entry.kernel), _winner(live[-1])
+        kernel.inductor_meta = winner.inductor_meta = entry.kernel.inductor_meta | NO_MORE_TUNING
+        kernel.compile_results = [winner]
         pinned.append(type(entry)(entry.cache_key, entry.kernel_name, kernel))
-        artifacts.append(_cubin(kernel))
+        device = kernel.triton_meta.get("device") or 0
+        folder = triton_hash_to_path_key(winner.kernel.hash)
+        name = f"{winner.kernel.name}.cubin"
+        cubin = Path(triton_cache_dir(device), folder, name).read_bytes()
+        artifacts.append(TritonKernelArtifacts(folder, device, [TritonKernelArtifact(name, cubin)]))
     return type(bundle), (artifacts, pinned)
-
-
-def _with_winner_only(saved: "CachingAutotuner", live: "CachingAutotuner") -> "CachingAutotuner":
-    winner = _winner(live)
-    kernel = copy.copy(saved)
-    kernel.inductor_meta = winner.inductor_meta = saved.inductor_meta | NO_MORE_TUNING
-    kernel.compile_results = [winner]
-    return kernel
 
 
 def _winner(live: "CachingAutotuner") -> Any:
@@ -146,20 +122,3 @@ def _winner(live: "CachingAutotuner") -> Any:
     winner.kernel = copy.copy(found.kernel)  # through __getstate__: no handle, no path
     winner.kernel.cubin_raw = None
     return winner
-
-
-def _cubin(kernel: "CachingAutotuner") -> Any:
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
-    from torch._inductor.runtime.triton_heuristics import triton_hash_to_path_key
-    from torch._inductor.triton_bundler import TritonKernelArtifact, TritonKernelArtifacts
-
-    device = kernel.triton_meta.get("device") or 0
-    (winner,) = kernel.compile_results
-    folder = triton_hash_to_path_key(winner.kernel.hash)
-    name = f"{winner.kernel.name}.cubin"
-    content = Path(triton_cache_dir(device), folder, name).read_bytes()
-    return TritonKernelArtifacts(folder, device, [TritonKernelArtifact(name, content)])
-
-
-def _name(kernel: "CachingAutotuner") -> str:
-    return kernel.inductor_meta.get("kernel_name", "a kernel without a name")

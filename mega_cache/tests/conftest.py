@@ -93,7 +93,6 @@ def subject(copied_folder):
             "model.dtype",
             "model.config_digest",
             "recipe.device",
-            "recipe.compile_mode",
         ),
     )
 
@@ -104,11 +103,10 @@ def eager_tokens(presets_folder):
     import torch
 
     from common.checkpoints import resolve_checkpoint
-    from common.cli import Console, SamplingFlags
+    from common.cli import Console
     from common.prompts import load_codec
     from common.target import Target, load_model
     from portable_cache import generation
-    from portable_cache.flags import CompileFlags
 
     checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))
     target = Target(checkpoint, torch.device("cpu"), torch.float32)
@@ -116,9 +114,7 @@ def eager_tokens(presets_folder):
     codec = load_codec(checkpoint.folder)
 
     def tokens(length, new_tokens):
-        stops = checkpoint.eos_token_ids
-        flags, sampling = CompileFlags(), SamplingFlags()
-        generation.configure_generation(model, flags, new_tokens, stops, 0, sampling, eager=True)
+        generation.configure_generation(model, None, new_tokens, checkpoint.eos_token_ids)
         generate = generation.make_generate(model, None, seed=0)
         return generate(codec.synthetic_prompt(length, seed=0), lambda token_id: None)
 

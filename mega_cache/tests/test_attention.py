@@ -64,7 +64,7 @@ def served(request):
     def tokens(prompt: list[int], padding: int) -> tuple[list[int], list[int]]:
         with torch.no_grad():
             return tuple(
-                make_generate(model, cache_of, 0, lambda length: length + padding)(
+                make_generate(model, cache_of, 0, lambda prompt: len(prompt) + padding)(
                     prompt, lambda token_id: None
                 )
                 for model, cache_of in ((eager, None), (own, cache))

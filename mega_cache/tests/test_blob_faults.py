@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from faults import edit_metadata, mutations, put
+from faults import mutations, put
 from helpers import CACHE_VARIABLES, run_script
-from test_faults import DAMAGED, ENVIRONMENT, MISMATCH, UNTRUSTED, pair, refusal, server
+from test_faults import DAMAGED, ENVIRONMENT, UNTRUSTED, pair, refusal, server
 
 from portable_cache import bundle
 
@@ -98,10 +98,8 @@ def test_two_hundred_blobs_with_right_checksums_are_read_to_an_end(pair):
     good = pair.path.read_bytes()
     began = time.monotonic()
     for _, damaged in zip(range(200), mutations(good, random.Random(4)), strict=False):
-        blob = with_checksum(damaged)
-        if len(blob) >= 12 and bundle.is_framed(blob):
-            bundle.CacheArtifactManager.deserialize(blob)
-    assert bundle.is_framed(good)
+        bundle.CacheArtifactManager.deserialize(with_checksum(damaged))
+    assert bundle.CacheArtifactManager.deserialize(good)
     assert time.monotonic() - began < 60
 
 
@@ -110,24 +108,6 @@ def test_forty_mutated_blobs_with_right_hashes_are_refused(pair, refusal):
     for _ in range(40):
         put(pair, next(damaged))
         refusal(DAMAGED)
-
-
-@pytest.mark.parametrize("value", [..., None, [1], [{}], [{"cache": 1}]])
-def test_metadata_without_its_graphs_is_refused(value, pair, refusal):
-    edit_metadata(pair, details__graphs=value)
-    assert "does not list the graphs of its build" in refusal(DAMAGED)
-
-
-@pytest.mark.parametrize("value", [..., None, "128", [None], [[]], ["8"], [True], [1.5], [-4]])
-def test_lengths_that_are_none_are_a_mismatch(value, pair, refusal):
-    edit_metadata(pair, recipe__prefill_lengths=value)
-    assert "prefill_lengths: built with" in refusal(MISMATCH)
-
-
-@pytest.mark.parametrize("value", [..., None, [], "24"])
-def test_metadata_without_its_decode_steps_is_refused(value, pair, refusal):
-    edit_metadata(pair, details__decode_steps=value)
-    assert "does not list" in refusal(DAMAGED)
 
 
 OFF = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

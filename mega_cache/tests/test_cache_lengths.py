@@ -6,7 +6,6 @@ import pytest
 from helpers import run_script, succeeded
 
 from portable_cache.flags import CompileFlags
-from portable_cache.recipe import shortest_that_holds
 
 BUILD = "build_llama_portable_cache.py"
 RUN = "run_llama_with_portable_cache.py"
@@ -123,9 +122,8 @@ def test_a_prefill_length_beyond_the_long_cache_is_one_more_cache(eager_tokens, 
 def test_lengths_by_flags():
     flags = CompileFlags(prefill_lengths=(128, 2048), decode_length=128, max_cache_len=2048)
     assert flags.cache_lengths() == {256: 128, 2048: 128, 2176: 2048}
-    assert [shortest_that_holds(flags, n) for n in (1, 256, 257, 2049, 2177)] == [
-        256, 256, 2048, 2176, None,
-    ]  # fmt: skip
+    slots = [flags.slots_for(tokens) for tokens in (1, 256, 257, 2049, 2177)]
+    assert slots == [256, 256, 2048, 2176, 2177]  # the last is longer than any
     assert json.dumps(CompileFlags(max_cache_len=0).cache_lengths()) == json.dumps(
         {256: 128, 384: 256, 640: 512, 1152: 1024}
     )

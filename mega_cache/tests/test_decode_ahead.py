@@ -82,8 +82,7 @@ def look():  # as torch does
 
 with decode_ahead._without_the_compiler():
     look()
-    {inside}
-assert ("torch._inductor.lowering" in sys.modules) == ({inside!r} != "pass")
+assert "torch._inductor.lowering" not in sys.modules
 found = torch.compile(lambda x: (x * 2).sin())(torch.arange(8.0))
 assert torch.allclose(found, (torch.arange(8.0) * 2).sin())
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -91,11 +90,9 @@ assert torch._inductor.compile_fx.GraphLowering is torch._inductor.graph.GraphLo
 """
 
 
-@pytest.mark.parametrize("inside", ["pass", "import torch._inductor.compile_fx"])
-def test_a_process_that_loaded_without_the_compiler_can_compile_later(inside, tmp_path):
+def test_a_process_that_loaded_without_the_compiler_can_compile_later(tmp_path):
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(FOLDER)}
-    program = LATER.format(inside=inside)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | caches, capture_output=True, text=True
+        [sys.executable, "-c", LATER], env=os.environ | caches, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -85,13 +85,15 @@ DROP_ONE = """
 import pickle, sys
 from portable_cache import bundle
 
-entries = bundle._read(open(sys.argv[2], "rb").read())
+Manager = bundle.CacheArtifactManager
+entries = Manager.deserialize(open(sys.argv[2], "rb").read())
 (entry,) = entries["inductor"]
 graph = pickle.loads(entry.content)
 print('"' + graph._triton_bundle.static_autotuners.pop(0).kernel_name + '"')
 graph._triton_bundle.kernel_artifacts.pop(0)
 entries["inductor"] = [type(entry)(entry.key, pickle.dumps(graph))]
-open(sys.argv[2], "wb").write(bundle._write(entries))
+Manager._new_cache_artifacts.update(entries)
+open(sys.argv[2], "wb").write(Manager.serialize()[0])
 """
 
 

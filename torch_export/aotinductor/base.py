@@ -6,15 +6,12 @@ graph of two plain tensors is the whole model.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aotinductor.lengths import Bounds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # (1, padded) ids and mask -> (1, padded, vocab) logits
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -23,14 +20,12 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class BaseGraph(nn.Module):
     """A Llama-family model whose only inputs are ids and mask, padded on the right.
 
-    The submodules keep their own names, so that the graph's constants are called as the
-    checkpoint's tensors are.
+    The submodules keep their names: the graph's constants are called as the checkpoint's tensors.
     """
 
-    def __init__(self, causal_lm: "PreTrainedModel"):
+    def __init__(self, causal_lm):
         super().__init__()
-        self.model = causal_lm.model
-        self.lm_head = causal_lm.lm_head
+        self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(batch, seq) int64, (batch, seq) int64 of 1 and 0 -> (batch, seq, vocab)."""
@@ -40,34 +35,25 @@ class BaseGraph(nn.Module):
         # the strict and the non-strict tracer); a mask of four dimensions it takes as it is.
         mask = causal & attention_mask.bool()[:, None, None, :]  # (batch, 1, seq, seq)
         hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions[None],
-            use_cache=False,
+            input_ids, attention_mask=mask, position_ids=positions[None], use_cache=False
         )[0]  # (batch, seq, hidden)
         return self.lm_head(hidden)
 
 
-def export_base_graph(
-    causal_lm: "PreTrainedModel", bounds: Bounds, example_seq_len: int
-) -> torch.export.ExportedProgram:
+def export_base_graph(causal_lm, bounds: Bounds, example_seq_len: int):
     """Export for every multiple within the bounds, or, static, for their one length."""
     length, length_dim = bounds.example_and_dim(example_seq_len)
     shapes = None if length_dim is None else (length_dim, length_dim)
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
-    graph = BaseGraph(causal_lm)
-    return torch.export.export(graph, (ids, torch.ones_like(ids)), dynamic_shapes=shapes)
+    example = (ids, torch.ones_like(ids))
+    return torch.export.export(BaseGraph(causal_lm), example, dynamic_shapes=shapes)
 
 
-def pad_right(
-    token_ids: Sequence[int], length: int, padding_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(token_ids: Sequence[int], length: int, padding_id: int, device: torch.device):
     """Return ids and mask, each (1, length) int64, the tokens at the left end."""
-    ids = torch.full((1, length), padding_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    ids[0, : len(token_ids)] = torch.tensor(token_ids)
-    mask[0, : len(token_ids)] = 1
-    return ids.to(device), mask.to(device)
+    ids = torch.tensor([token_ids], device=device)
+    pads = (0, length - len(token_ids))
+    return F.pad(ids, pads, value=padding_id), F.pad(torch.ones_like(ids), pads)
 
 
 @dataclass(frozen=True)
@@ -89,13 +75,12 @@ class BaseGenerator:
     ) -> list[int]:
         """Return the new token ids, a stop id included. `on_token` gets each one as it arrives.
 
-        `padded` gives the length that the graph takes for a true one; the caller has checked that
-        the graph takes them all.
+        `padded` gives the length that the graph takes for a true one; the caller has checked it.
         """
         new_ids: list[int] = []
         # one row for the longest sequence of this request, of which each step passes the beginning
         longest = padded(len(prompt) + max_new_tokens - 1)
-        ids, mask = (row[0] for row in pad_right(prompt, longest, padding_id, self.device))
+        (ids,), (mask,) = pad_right(prompt, longest, padding_id, self.device)
         for length in range(len(prompt), len(prompt) + max_new_tokens):
             passed = padded(length)
             # cut before it becomes a row: contiguous, as the graph was exported and compiled for
@@ -106,7 +91,6 @@ class BaseGenerator:
                 on_token(new_ids[-1])
             if new_ids[-1] in stop_ids:
                 break
-            if length < longest:
-                ids[length] = token
-                mask[length] = 1
+            if length < longest:  # the last new token needs no place
+                ids[length], mask[length] = token, 1
         return new_ids

@@ -9,22 +9,20 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from aotinductor import kv_graphs
 from aotinductor.base import export_base_graph
-from aotinductor.host_code import portable_host_code
-from aotinductor.kv_cache import CacheShape
+from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Bounds
-from aotinductor.package import OPENED, PLAIN_MODEL, Constant
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from aotinductor.package import COMMON_LEVEL, PLAIN_MODEL, Constant, instruction_set
 
 _CODE_ONLY = {"aot_inductor.package_constants_in_so": False}
 # At the library's end, and not within it: there their offsets are known, whatever their size.
@@ -35,77 +33,63 @@ _BESIDE_LIBRARY = _CODE_ONLY | (
     if torch.__version__ < "2.10"
     else {"aot_inductor.package_constants_on_disk_format": "pickle_weights"}
 )
-_PAGE_BYTES = 16384  # what the runtime wants the weights behind a library aligned to
-
-
-@dataclass(frozen=True)
-class Program:
-    """An exported program, and Inductor options for it alone."""
-
-    exported: torch.export.ExportedProgram
-    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def compile_base_package(
-    model: "PreTrainedModel", bounds: Bounds, example_seq_len: int, path: Path,
-    embed_weights: bool, max_autotune: bool,
-) -> dict:  # fmt: skip
+    model, bounds: Bounds, example_seq_len: int, path: Path, embed_weights: bool, max_autotune: bool
+) -> dict:
     """Write `path` with the base graph; return the metadata's `details`.
 
     With its weights it is compiled twice: a model either brings its weights, which the plain loader
     needs, or leaves them to be bound, which a start without unpacking them needs.
     """
+    from torch._inductor.package import package_aoti
+
     exported = export_base_graph(model, bounds, example_seq_len)
-    name = OPENED[False][0]
-    program = Program(exported, {"max_autotune": max_autotune})
-    files = {name: compile_program(program, _CODE_ONLY)}
-    constants = list_constants([exported])
+    options = {"max_autotune": max_autotune}
+    files = {"base": compile_program(exported, options | _CODE_ONLY)}
     if embed_weights:
-        files[PLAIN_MODEL] = compile_program(program, _BEHIND_LIBRARY)
-    package(path, files)
-    if embed_weights:
-        constants = with_offsets(constants, find_behind_library(path))
-    return {"graphs": [name], "constants": [asdict(constant) for constant in constants]}
+        files[PLAIN_MODEL] = compile_program(exported, options | _BEHIND_LIBRARY)
+    package_aoti(str(path), files)
+    offsets = find_behind_library(path) if embed_weights else {}
+    return {"graphs": ["base"], "constants": describe_constants([exported], offsets)}
 
 
 def compile_kv_package(
-    model: "PreTrainedModel", bounds: Bounds, slots: int, example_seq_len: int, path: Path,
+    model, bounds: Bounds, slots: int, example_seq_len: int, path: Path,
     embed_weights: bool, max_autotune: bool,
 ) -> dict:  # fmt: skip
     """Write `path` with the models `prefill` and `decode`; return the metadata's `details`."""
+    from torch._inductor.package import package_aoti
+
     cache = CacheShape.of(model.config, slots)
-    programs = {
+    prefill = kv_graphs.export_prefill(model, cache, bounds, example_seq_len)
+    decode = kv_graphs.export_decode(model, cache)
+    place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
+    tuned = {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
+    files = {
         # Not tuned: that would be for the example's length, and serve every other one too. The
         # library chooses for each.
-        "prefill": Program(
-            kv_graphs.export_prefill(model, cache, bounds, example_seq_len), {"max_autotune": False}
-        ),
-        "decode": Program(
-            kv_graphs.export_decode(model, cache),
-            {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
-            | kv_graphs.decode_options(model),
-        ),
+        "prefill": compile_program(prefill, {"max_autotune": False} | place),
+        "decode": compile_program(decode, tuned | kv_graphs.decode_options(model) | place),
     }
-    place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
-    package(path, {name: compile_program(one, place) for name, one in programs.items()})
-    constants = list_constants(program.exported for program in programs.values())
-    if embed_weights:
-        constants = with_offsets(constants, find_beside_library(path))
+    package_aoti(str(path), files)
+    offsets = find_beside_library(path) if embed_weights else {}
     return {
-        "graphs": list(programs),
+        "graphs": list(files),
         "cache": asdict(cache),
         "rope": kv_graphs.rope_recipe(model),
-        "constants": [asdict(constant) for constant in constants],
+        "constants": describe_constants([prefill, decode], offsets),
     }
 
 
-def compile_program(program: Program, place: Mapping[str, object]) -> Any:
-    """Return the files of one compiled program, its constants where `place` has them."""
+def compile_program(exported: torch.export.ExportedProgram, own_options: dict[str, object]) -> Any:
+    """Return the files of one compiled program."""
     from torch._inductor import aot_compile
 
-    args, kwargs = program.exported.example_inputs
+    args, kwargs = exported.example_inputs
     # the module's own guards are Python checks, which a compiled package does not run anyway
-    module = program.exported.module(check_guards=False)
+    module = exported.module(check_guards=False)
     options = {
         "aot_inductor.package": True,
         # or the kernels are built for this machine's number of cores, whatever the other one has
@@ -118,17 +102,31 @@ def compile_program(program: Program, place: Mapping[str, object]) -> Any:
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
     with portable_host_code(args[0].device):
-        return aot_compile(module, args, kwargs, options={**options, **program.options, **place})
+        return aot_compile(module, args, kwargs, options=options | own_options)
 
 
-def package(path: Path, files: Mapping[str, list]) -> None:
-    from torch._inductor.package import package_aoti
+@contextmanager
+def portable_host_code(device: torch.device) -> Iterator[None]:
+    """While inside, Inductor compiles C++ for the level that `instruction_set` names."""
+    if instruction_set(device) != COMMON_LEVEL:
+        yield
+        return
+    from torch._inductor import config, cpp_builder
 
-    package_aoti(str(path), dict(files))
+    # 256 bits is AVX2; "ok": its probe of every instruction set takes six seconds
+    options = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
+    if hasattr(config.cpp, "march"):  # torch 2.13
+        options["cpp.march"] = COMMON_LEVEL
+    # Private: up to torch 2.11 the flag is a literal in here, and there is no setting for it.
+    stock = cpp_builder._get_optimization_cflags
 
+    def for_common_level(*args, **kwargs):
+        cflags, ldflags = stock(*args, **kwargs)
+        return [f.replace("march=native", f"march={COMMON_LEVEL}") for f in cflags], ldflags
 
-def with_offsets(constants: Iterable[Constant], offsets: Mapping[str, int]) -> list[Constant]:
-    return [replace(constant, offset=offsets[constant.name]) for constant in constants]
+    mend = patch.object(cpp_builder, "_get_optimization_cflags", for_common_level)
+    with config.patch(options), mend:
+        yield
 
 
 def find_behind_library(path: Path) -> dict[str, int]:
@@ -138,82 +136,55 @@ def find_behind_library(path: Path) -> dict[str, int]:
     with the sizes of the generated constructor, which is in the package too.
     """
     with zipfile.ZipFile(path) as archive:
-        files = [
-            name
-            for name in archive.namelist()
-            if name.split("/")[1:-1] == ["data", "aotinductor", PLAIN_MODEL]
-        ]
+        files = [name for name in archive.namelist() if f"/aotinductor/{PLAIN_MODEL}/" in name]
         (library,) = (name for name in files if name.endswith(".so"))
         (source,) = (name for name in files if name.endswith(".wrapper.cpp"))
-        rows = re.findall(
-            r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"',
-            archive.read(source).decode(),
-            re.DOTALL,
-        )
-        size = archive.getinfo(library).file_size
-    first = size - sum(int(data_size) for data_size, _ in rows) - 8  # a magic number is the last
-    if first % _PAGE_BYTES:
-        raise RuntimeError(f"the weights behind {library} are not where the runtime reads them")
-    offset = record_offset(path, library) + first
+        constructor = archive.read(source).decode()
+        end = archive.getinfo(library).file_size - 8  # a magic number is the last
+    declared = r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"'
+    rows = re.findall(declared, constructor, re.DOTALL)
+    record = library.partition("/")[2]
+    end += torch._C.PyTorchFileReader(str(path)).get_record_offset(record)
     offsets = {}
-    for data_size, name in rows:
-        offsets[name] = offset
-        offset += int(data_size)
+    for size, name in reversed(rows):
+        end -= int(size)
+        offsets[name] = end
     return offsets
 
 
 def find_beside_library(path: Path) -> dict[str, int]:
     """Return where each constant begins that has a record of its own: a `torch.save`, a zip too."""
+    reader = torch._C.PyTorchFileReader(str(path))
     offsets = {}
-    with zipfile.ZipFile(path) as archive:
-        for config in archive.namelist():
-            if not config.endswith("/weights_config.json"):
-                continue
-            root = config.partition("/")[0]
-            for name, (record, _, _, _) in json.loads(archive.read(config)).items():
+    for config in reader.get_all_records():
+        if config.endswith("/weights_config.json"):
+            for name, (file, *_) in json.loads(reader.get_record(config)).items():
                 if name not in offsets:
-                    record = f"{root}/data/weights/{record}"
-                    saved = io.BytesIO(archive.read(record))
-                    begin = torch._C.PyTorchFileReader(saved).get_record_offset("data/0")
-                    offsets[name] = record_offset(path, record) + begin
+                    record = f"data/weights/{file}"
+                    saved = torch._C.PyTorchFileReader(io.BytesIO(reader.get_record(record)))
+                    begin = saved.get_record_offset("data/0")
+                    offsets[name] = reader.get_record_offset(record) + begin
     return offsets
 
 
-def record_offset(path: Path, name: str) -> int:
-    """Return where the content of an entry begins in the file."""
-    return torch._C.PyTorchFileReader(str(path)).get_record_offset(name.partition("/")[2])
-
-
-def list_constants(exported_programs: Iterable[torch.export.ExportedProgram]) -> list[Constant]:
-    """Return every constant of the programs once. Raises ValueError where two graphs differ."""
-    found: dict[str, Constant] = {}
+def describe_constants(exported_programs: list, offsets: dict[str, int]) -> list[dict]:
+    """Return the metadata's row of each tensor that the graphs really read, once."""
+    rows = {}
     for exported in exported_programs:
-        for name in used_constant_names(exported):
-            constant = describe_constant(exported, name)
-            if found.setdefault(name, constant) != constant:
-                raise ValueError(f"the graphs disagree about {name}: {found[name]} and {constant}")
-    return list(found.values())
-
-
-def used_constant_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """Names of the parameters, buffers and constants that the graph really reads."""
-    kinds = torch.export.graph_signature.InputKind
-    wanted = (kinds.PARAMETER, kinds.BUFFER, kinds.CONSTANT_TENSOR)
-    used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
-    specs = (spec for spec in exported.graph_signature.input_specs if spec.kind in wanted)
-    return [str(spec.target) for spec in specs if spec.arg.name in used]
-
-
-def describe_constant(exported: torch.export.ExportedProgram, name: str) -> Constant:
-    persistent = exported.state_dict.get(name)
-    tensor = exported.constants[name] if persistent is None else persistent
-    aliases = [n for n, t in exported.state_dict.items() if n != name and is_same(t, tensor)]
-    values = None
-    if persistent is None:  # a checkpoint does not hold it, and float32 survives JSON unchanged
-        values = tuple(tensor.detach().double().flatten().tolist())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Constant(name, tuple(tensor.shape), dtype, tuple(aliases), values)
-
-
-def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+        stored = exported.state_dict
+        tensors = {**exported.constants, **stored}
+        used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
+        for spec in exported.graph_signature.input_specs:
+            name = spec.target
+            if name not in tensors or spec.arg.name not in used:
+                continue
+            tensor, values = tensors[name], None
+            if name not in stored:  # nor in a checkpoint; and float32 survives JSON unchanged
+                values = tensor.detach().double().flatten().tolist()
+            place = (tensor.data_ptr(), tensor.shape)
+            same = [key for key, one in stored.items() if (one.data_ptr(), one.shape) == place]
+            aliases = [key for key in same if key != name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            offset = offsets[name] if offsets else None
+            rows[name] = asdict(Constant(name, tuple(tensor.shape), dtype, aliases, values, offset))
+    return list(rows.values())

@@ -1,7 +1,5 @@
 """One token's attention over the KV cache as one Triton kernel: rope, store, and split attention.
 
-Only building needs this module: Inductor compiles the kernel into the package.
-
 The tables are given whole, and the kernel's loop ends at the position that it reads on the device:
 one compiled kernel, and one CUDA graph, serve every length, and a short sequence reads little.
 
@@ -12,6 +10,7 @@ slots are cut into splits, each normalised by its own maximum; `join` puts them 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 # Slots that a program reads at once. 32 x 4 warps keep all of a head of 128 in registers (no spills
@@ -119,22 +118,23 @@ def attend_kernel(
     tl.store(lse_ptr + parts_row, peak + tl.log(divisor), mask=row < GROUP)
 
 
-def launch(
-    kernel,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    rope: torch.Tensor,
+@triton_op("llama::attend", mutates_args={"keys", "values"})
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    rope: Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel for q (heads * head_dim,), k and v (kv_heads * head_dim,) of one token.
 
     Writes slot `position` (1,) of the layer's tables, keys and values (rows, kv_heads * head_dim);
     rope is (2, slots, head_dim). Returns, in float32, what each split sees and the logarithm of its
-    weight: (splits, heads, head_dim) and (splits, heads).
+    weight: (splits, heads, head_dim) and (splits, heads). torch.export keeps it as an operator, and
+    Inductor sees into it.
     """
     _, slots, head_dim = rope.shape
     heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
@@ -142,39 +142,26 @@ def launch(
     splits = max(1, min(PROGRAMS // kv_heads, triton.cdiv(slots, BLOCK)))
     parts = torch.empty(splits, heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, heads, dtype=torch.float32, device=q.device)
-    kernel[(kv_heads, splits)](
+    rows = max(DOT_MINIMUM, triton.next_power_of_2(group))
+    wrap_triton(attend_kernel)[(kv_heads, splits)](
         q, k, v, keys, values, position, rope, parts, lse, slots, scale,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        ROWS=max(DOT_MINIMUM, triton.next_power_of_2(group)),
-        HALF=head_dim // 2,
-        BLOCK=BLOCK,
-        num_warps=4,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=rows, HALF=head_dim // 2, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return parts, lse
 
 
-@triton_op("llama::attend", mutates_args={"keys", "values"})
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    rope: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`launch` as an operator that torch.export keeps, and Inductor sees into."""
-    return launch(wrap_triton(attend_kernel), q, k, v, keys, values, position, rope, scale)
-
-
-def join(parts: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Put the splits of `launch` together: (heads, head_dim) float32."""
+def join(parts: Tensor, lse: Tensor) -> Tensor:
+    """Put the splits of `attend` together: (heads, head_dim) float32."""
     # as wide as the parts, so that Inductor makes one kernel of the three reductions
     lse = lse[:, :, None].expand(parts.shape)
     weights = (lse - lse.amax(0)).exp()
     return (parts * weights).sum(0) / weights.sum(0)
+
+
+def kernel_attention(q, k, v, keys, values, position, rope, scale):
+    """As `kv_graphs.plain_attention`, but no slot beyond `position` is read."""
+    parts, lse = attend(q, k, v, keys, values, position, rope, scale)
+    return join(parts, lse).flatten().to(q.dtype)
 
 
 def supports(head_dim: int) -> bool:

@@ -1,32 +1,29 @@
 """The flags that belong to this folder."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.artifacts import ArtifactPair, TrustFlags
 from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int
 from common.store import FetchFlags, PublishFlags
 
-FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "torch_export"
 # what a trial of compare or benchmark adds to the user's words, by mode
 LOAD = ["--load-artifacts", "--no-eager"]
 SKIP = ["--no-load-artifacts", "--no-eager"]
 EAGER = ["--eager"]
+_PACKAGE = Path(__file__).resolve().parents[1] / "artifacts" / "llama3b_aotinductor.pt2"
 
-_NO_PRELOAD_METHODS = ("torch-compile", "export")
+length_flag = partial(flag, parse=positive_int)
 
 
 @dataclass(frozen=True)
 class PackageFileFlags:
     """artifact"""
 
-    package_path: Path = flag(
-        FOLDER / "artifacts/llama3b_aotinductor.pt2", "file of the AOTInductor package", often=True
-    )
-    metadata_path: Path | None = flag(
-        None, "its metadata; without it NAME_meta.json beside the package NAME.pt2"
-    )
+    package_path: Path = flag(_PACKAGE, "file of the AOTInductor package", often=True)
+    metadata_path: Path | None = flag(None, "its metadata; else NAME_meta.json beside NAME.pt2")
 
     def pair(self) -> ArtifactPair:
         beside = self.package_path.with_name(self.package_path.stem + "_meta.json")
@@ -37,37 +34,24 @@ class PackageFileFlags:
 class ShapeFlags:
     """sequence lengths: what the exported graph accepts, prompt and new tokens together"""
 
-    example_seq_len: int = flag(
-        128,
-        "tokens of the example that is traced; without --dynamic-seq-len the only length",
-        parse=positive_int,
-    )
-    dynamic_seq_len: bool = flag(
-        True, "export for every length within the bounds instead of for the example's alone"
-    )
-    min_seq_len: int = flag(1, "shortest sequence in tokens, before padding", parse=positive_int)
-    max_seq_len: int = flag(2048, "longest sequence in tokens", parse=positive_int, often=True)
-    dynamic_seq_multiple: int = flag(
-        8, "tokens that a padded sequence is a multiple of", parse=positive_int
-    )
+    example_seq_len: int = length_flag(128, "tokens of the example that is traced")
+    dynamic_seq_len: bool = flag(True, "every length within the bounds; off: the example's alone")
+    min_seq_len: int = length_flag(1, "shortest sequence in tokens, before padding")
+    max_seq_len: int = length_flag(2048, "longest sequence in tokens", often=True)
+    dynamic_seq_multiple: int = length_flag(8, "tokens that a padded sequence is a multiple of")
 
     def __post_init__(self):
-        if not self.dynamic_seq_len:
-            return
-        multiple, longest = self.dynamic_seq_multiple, self.max_seq_len
-        if longest % multiple:
+        shortest, longest, multiple = self.min_seq_len, self.max_seq_len, self.dynamic_seq_multiple
+        if self.dynamic_seq_len and longest % multiple:
             raise ValueError(
                 f"--max-seq-len {longest} is no multiple of --dynamic-seq-multiple {multiple}: "
                 f"try {longest // multiple * multiple or multiple}"
             )
-        if self.min_seq_len > longest:
+        if self.dynamic_seq_len and shortest > longest - multiple:
             raise ValueError(
-                f"--min-seq-len {self.min_seq_len} is more than --max-seq-len {longest}"
-            )
-        if self.min_seq_len > longest - multiple:
-            raise ValueError(
-                f"between --min-seq-len {self.min_seq_len} and --max-seq-len {longest} there is "
-                f"one padded length only: use --no-dynamic-seq-len --example-seq-len {longest}"
+                f"from --min-seq-len {shortest} to --max-seq-len {longest} there are not two "
+                f"multiples of {multiple}: for one length, use --no-dynamic-seq-len "
+                f"--example-seq-len {longest}"
             )
 
 
@@ -81,63 +65,41 @@ class GraphFlags:
         "which recomputes the whole sequence for every token",
         often=True,
     )
-    max_cache_len: int | None = flag(
-        None, "slots (tokens) of the KV cache; without: --max-seq-len", parse=positive_int
-    )
+    max_cache_len: int | None = length_flag(None, "tokens in the KV cache; else --max-seq-len")
     embed_weights: bool | None = flag(
         None,
         "put the weights into the package; without them it holds code only and is bound to the "
         "checkpoint's own at load (without either: yes for the base graph, no with --kv-cache)",
+    )
+    max_autotune: bool = flag(
+        True, "measure several kernels for each matrix product, keep the fastest", often=True
     )
 
     def __post_init__(self):
         if self.max_cache_len and not self.kv_cache:
             raise ValueError("--max-cache-len is the length of the KV cache: add --kv-cache")
 
-    @property
-    def weights_embedded(self) -> bool:
-        return not self.kv_cache if self.embed_weights is None else self.embed_weights
-
-    def slots(self, shape: ShapeFlags) -> int | None:
-        """Return the KV cache's slots, or None for the base graph."""
-        return (self.max_cache_len or shape.max_seq_len) if self.kv_cache else None
-
-
-@dataclass(frozen=True)
-class CompileFlags:
-    """compilation"""
-
-    max_autotune: bool = flag(
-        True, "measure several kernels for each matrix product and keep the fastest", often=True
-    )
-
 
 @dataclass(frozen=True)
 class ExpectedShapeFlags:
     """sequence lengths that the package must have been built for; without: its own"""
 
-    min_seq_len: int | None = flag(None, "shortest sequence in tokens", parse=positive_int)
-    max_seq_len: int | None = flag(None, "longest sequence in tokens", parse=positive_int)
-    dynamic_seq_multiple: int | None = flag(
-        None, "tokens that a padded sequence is a multiple of", parse=positive_int
-    )
+    min_seq_len: int | None = length_flag(None, "shortest sequence in tokens")
+    max_seq_len: int | None = length_flag(None, "longest sequence in tokens")
+    dynamic_seq_multiple: int | None = length_flag(None, "what padded lengths are multiples of")
 
 
 @dataclass(frozen=True)
 class LoadFlags:
     """loading, or what to do instead"""
 
-    load_artifacts: bool = flag(
-        True, "generate from the package; --no-load-artifacts compiles at runtime", often=True
-    )
-    eager: bool = flag(
-        False, "neither load nor compile: Hugging Face generate(..., disable_compile=True)"
-    )
+    load_artifacts: bool = flag(True, "load the package; off: compile at runtime", often=True)
+    eager: bool = flag(False, "neither: Hugging Face generate(..., disable_compile=True)")
     no_preload_method: str = flag(
         "torch-compile",
         "how --no-load-artifacts compiles: torch.compile of the same graph, or export and "
         "compile a package in a temporary folder",
-        choices=_NO_PRELOAD_METHODS,
+        choices=("torch-compile", "export"),
     )
     compile_dynamic_seq_len: bool = flag(
         True,
@@ -148,14 +110,9 @@ class LoadFlags:
         None, "of --no-load-artifacts; without either: as the package at hand was built, else on"
     )
     cuda_graph: bool | None = flag(
-        None,
-        "replay a KV-cache package's decode as one CUDA graph; without either: on for CUDA",
+        None, "replay a KV-cache package's decode as one CUDA graph; without either: on for CUDA"
     )
-    bucket_pad: bool = flag(
-        False,
-        "pad each sequence to the next of the metadata's buckets instead of the next multiple: "
-        "fewer shapes, more work",
-    )
+    bucket_pad: bool = flag(False, "pad to the metadata's buckets: fewer shapes, more work")
 
 
 @dataclass(frozen=True)
@@ -165,23 +122,31 @@ class BuildSettings:
     shared: SharedFlags
     graph: GraphFlags
     shape: ShapeFlags
-    compilation: CompileFlags
     files: PackageFileFlags
     store: PublishFlags
 
     def __post_init__(self):
-        slots, longest = self.graph.slots(self.shape), self.shape.max_seq_len
-        if slots is None:
-            return
-        if not self.shape.dynamic_seq_len:
+        slots, longest = self.slots, self.shape.max_seq_len
+        if slots and not self.shape.dynamic_seq_len:
             raise ValueError(
-                "--kv-cache needs prompts of any length: leave --no-dynamic-seq-len out"
+                "--kv-cache takes prompts of any length: leave --no-dynamic-seq-len out"
             )
-        if slots < longest:
+        if slots and slots < longest:
             raise ValueError(
                 f"--max-cache-len {slots} cannot hold a prompt of --max-seq-len {longest} tokens: "
                 "lower the one or raise the other"
             )
+
+    @property
+    def slots(self) -> int | None:
+        """The KV cache's slots, or None for the base graph."""
+        longest = self.graph.max_cache_len or self.shape.max_seq_len
+        return longest if self.graph.kv_cache else None
+
+    @property
+    def weights_embedded(self) -> bool:
+        told = self.graph.embed_weights
+        return not self.graph.kv_cache if told is None else told
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,106 @@
-"""Generation with a package's `prefill` and `decode` over one static KV cache.
+"""The static KV cache, and generation over it with a package's `prefill` and `decode`: torch alone.
 
-On CUDA the host does not wait for a token before it asks for the next: decode's inputs live on the
-device and the graph advances them itself. Tokens come back through page-locked memory, LAG steps
-behind; a stop that is seen late throws the tokens after it away, so the output is the same for any
-LAG.
+Each layer has a table for K and one for V, slot after slot: (rows, kv_heads * head_dim). A graph
+that takes every table as an input of its own writes to it in place; through a view of one larger
+tensor Inductor copies the tensor first (torch 2.9.1 to 2.13). And the first slots of a table are
+contiguous: a graph can be given those in use alone.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from aotinductor.kv_cache import CacheShape
 from aotinductor.package import Model
-from aotinductor.sampling import Sampler
 
-# How far the host may run ahead of the tokens it has seen: enough to hide a launch, few to throw
-# away.
+# Tables are cut at multiples of this. More would read slots that hold nothing, fewer save little:
+# 64 slots are less than a tenth of a step (random:tiny on a CPU).
+BLOCK_ROWS = 64
+# On CUDA, how far the host may run ahead of the tokens it has seen: enough to hide a launch, few to
+# throw away.
 LAG = 2
-# The first run loads kernels, which a capture cannot; the second shows that nothing is left to
-# load.
-WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The shape of a KV cache for `slots` tokens of one sequence."""
+
+    layers: int
+    kv_heads: int
+    slots: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config, slots: int) -> "CacheShape":
+        """Read the shape from a Llama-family transformers configuration."""
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, slots, head_dim)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a table: the slots, and what fills the last block."""
+        return -(-self.slots // BLOCK_ROWS) * BLOCK_ROWS
+
+    def make_tables(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """Return the tables in the graphs' order, K and V of layer 0 first.
+
+        Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
+        """
+        size = (self.rows, self.kv_heads * self.head_dim)
+        return [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * self.layers)]
+
+
+def rope_table(
+    inv_freq: list, attention_scaling: float, slots: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return (2, slots, head_dim): cosines and signed sines, as Hugging Face computes them.
+
+    Once at the start, in float32, where a generated kernel would do it in every layer and step.
+    """
+    positions = torch.arange(slots, dtype=torch.float32, device=device)
+    angles = positions[:, None] * torch.tensor(inv_freq, dtype=torch.float32, device=device)
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws tokens, limited as transformers' `generate` does it; top_k 0 or None is no limit.
+
+    `generator` lives on the device of the logits, and makes the draws repeatable.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    generator: torch.Generator
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return one token id (1, 1) for logits (1, vocab), without waiting for the device."""
+        return torch.multinomial(self.warp(logits).softmax(-1), 1, generator=self.generator)
+
+    def warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits (1, vocab) to draw from, in float32: -inf where a limit cuts off."""
+        warped = logits.float() / self.temperature
+        if self.top_k:  # the largest, and what equals the smallest of them
+            smallest = warped.topk(min(self.top_k, warped.shape[-1])).values[:, -1:]
+            warped = warped.masked_fill(warped < smallest, float("-inf"))
+        if self.top_p < 1:  # the fewest most likely ones that hold this share together
+            ascending, order = warped.sort(-1)
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            dropped[:, -1] = False  # the likeliest stays, whatever the share
+            warped = warped.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+        return warped
+
+
+def make_sampler(
+    temperature: float, top_k: int | None, top_p: float, seed: int, device: torch.device
+) -> Sampler | None:
+    """Return a sampler, or None for temperature 0: greedy, which the graphs do themselves."""
+    if temperature == 0:
+        return None
+    return Sampler(temperature, top_k, top_p, torch.Generator(device).manual_seed(seed))
 
 
 class Generator:
@@ -31,10 +112,10 @@ class Generator:
     def __init__(self, prefill: Model, decode: Model, cache: CacheShape, rope: torch.Tensor):
         self.prefill_model, self.decode_model = prefill, decode
         self.cache, self.rope = cache, rope
-        self.device = device = rope.device
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.tables = cache.make_tables(rope.dtype, device)
+        self.device, self.on_cuda = rope.device, rope.device.type == "cuda"
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.tables = cache.make_tables(rope.dtype, self.device)
         self.tables_in_use = self.tables  # what decode is given
         self.length = 0  # tokens in the cache: the host's copy of `position`
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -56,26 +137,27 @@ class Generator:
         warm_up.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(warm_up):
             self.reset()
-            for _ in range(WARM_UP_RUNS):
-                self.run_decode()
+            # the first loads kernels, which a capture cannot; the second shows that none is left
+            for _ in range(2):
+                self._run_decode()
         torch.cuda.current_stream(self.device).wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may allocate memory meanwhile, for the weights
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.run_decode()  # recorded, not run
+            self._run_decode()  # recorded, not run
         # Every replay writes the same memory of the graph's own pool.
         self.graph, self.graph_logits = graph, self.logits
         self.reset()
 
-    def run_decode(self) -> None:
+    def _run_decode(self) -> None:
         state = [self.token, self.position, self.rope, *self.tables_in_use]
         (self.logits,) = self.decode_model.run(state)
 
     def prefill(self, prompt: Sequence[int], padded: int) -> None:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
 
-        Raises ValueError if prompt or padding do not fit into the cache. That prefill takes the
-        length at all is for the caller to check (`lengths.check_kv_request`).
+        Raises ValueError if they do not fit into the cache. That prefill takes the length at all is
+        for the caller to check (`Plan.check_request`).
         """
         if not 0 < len(prompt) <= padded <= self.cache.slots:
             raise ValueError(
@@ -83,26 +165,29 @@ class Generator:
                 f"cache of {self.cache.slots} slots"
             )
         ids = torch.zeros(1, padded, dtype=torch.int64)
-        ids[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        self.position.fill_(len(prompt))
+        ids[0, : len(prompt)] = torch.tensor(prompt)
         self.length = len(prompt)
+        self.position.fill_(self.length)
         state = [ids.to(self.device), self.token, self.position, self.rope, *self.tables]
         (self.logits,) = self.prefill_model.run(state)
 
     def decode(self) -> None:
         """One step: the token after `token` takes its place, `position` advances.
 
-        Raises ValueError when the cache is full.
+        Raises ValueError when the cache is full. No graph checks that: on a CPU it ends the
+        process, on CUDA it overwrites other memory.
         """
-        rows = self.cache.rows_in_use(self.length)
+        if self.length >= self.cache.slots:
+            raise ValueError(f"no slot {self.length} in a KV cache of {self.cache.slots}")
         if self.graph is not None:
             self.graph.replay()
             self.logits = self.graph_logits
         else:
             # a GPU's graph takes whole tables: its kernel ends at the position by itself
+            rows = (self.length // BLOCK_ROWS + 1) * BLOCK_ROWS
             if not self.on_cuda and len(self.tables_in_use[0]) != rows:
                 self.tables_in_use = [table[:rows] for table in self.tables]
-            self.run_decode()
+            self._run_decode()
         self.length += 1
 
     def generate(
@@ -118,10 +203,14 @@ class Generator:
 
         Greedy without a sampler: the graphs choose. The last new token needs no slot; a request
         that does not fit is a ValueError, at once or when the cache is full.
+
+        On CUDA the host asks for the next token without waiting for this one: the graph advances
+        its inputs itself, and tokens come back through page-locked memory, LAG steps behind. A stop
+        that is seen late throws the tokens after it away, so the output is the same for any LAG.
         """
         # (max_new_tokens,); page-locked, or the copies below would wait for the device
         arrived = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=self.on_cuda)
-        events: list[torch.cuda.Event | None] = []
+        events: list[torch.cuda.Event] = []
         lag = LAG if self.on_cuda else 0
         tokens: list[int] = []
         for step in range(max_new_tokens + lag):
@@ -129,28 +218,18 @@ class Generator:
                 self.prefill(prompt, padded) if step == 0 else self.decode()
                 if sampler is not None:
                     self.token.copy_(sampler.draw(self.logits))
-                events.append(self.send_token(arrived, step))
+                # queued before the next step overwrites it
+                arrived[step : step + 1].copy_(self.token[0], non_blocking=self.on_cuda)
+                if self.on_cuda:
+                    events.append(torch.cuda.current_stream(self.device).record_event())
             # The first token is waited for at once: time to first token is what a user sees.
-            while len(tokens) < len(events) and (len(tokens) == 0 or len(tokens) <= step - lag):
-                token = receive_token(arrived, events[len(tokens)], len(tokens))
-                tokens.append(token)
+            seen = min(max(1, step + 1 - lag), max_new_tokens)
+            while len(tokens) < seen:
+                if self.on_cuda:
+                    events[len(tokens)].synchronize()
+                tokens.append(int(arrived[len(tokens)]))
                 if on_token is not None:
-                    on_token(token)
-                if token in stop_ids:
+                    on_token(tokens[-1])
+                if tokens[-1] in stop_ids:
                     return tokens
         return tokens
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def send_token(self, arrived: torch.Tensor, step: int) -> torch.cuda.Event | None:
-        """Queue the copy of `token` to the host, before the next step overwrites it."""
-        arrived[step : step + 1].copy_(self.token.view(1), non_blocking=self.on_cuda)
-        return torch.cuda.current_stream(self.device).record_event() if self.on_cuda else None
-
-
-def receive_token(arrived: torch.Tensor, event, step: int) -> int:
-    if event is not None:
-        event.synchronize()
-    return int(arrived[step])

@@ -1,13 +1,12 @@
 """The two exported graphs over one static KV cache: `prefill` (a prompt) and `decode` (one token).
 
-Both run on the Hugging Face checkpoint's own submodules under their own names, so that the graphs'
-constants carry the names of the checkpoint's tensors.
-
-State lives in tensors that both graphs mutate, so a step needs nothing from the host:
+Both run on the Hugging Face model's own submodules, so that the graphs' constants carry the names
+of the checkpoint's tensors. State lives in tensors that both mutate: a step needs nothing from the
+host.
 
     token     (1, 1) int64  the newest token, not in the cache yet
     position  (1,) int64    how many tokens the cache holds = the slot that `token` goes to
-    rope      (2, slots, head_dim)  cosines and signed sines: `kv_cache.rope_table`; only read
+    rope      (2, slots, head_dim)  cosines and signed sines: `rope_table`; only read
     tables    K and V of each layer, (rows, kv_heads * head_dim): `CacheShape.make_tables`
 
 Why padding and stale slots leave no trace: prefill is causal and padded on the right, so no true
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotinductor.kv_cache import BLOCK_ROWS, CacheShape
+from aotinductor.kv_generation import BLOCK_ROWS, CacheShape
 from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
@@ -36,16 +35,19 @@ ONE_THREAD_BYTES = 64 * 2**20
 class _CachedLlama(nn.Module):
     """What the two graphs share."""
 
-    def __init__(self, causal_lm: nn.Module):
+    def __init__(self, causal_lm):
         super().__init__()
-        rope_type = getattr(causal_lm.model.rotary_emb, "rope_type", "default")
+        rope_type = causal_lm.model.rotary_emb.rope_type
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise UsageError(
                 f"rope type {rope_type!r} changes its frequencies with the length and cannot be "
                 "exported with a KV cache: build without --kv-cache"
             )
-        self.model = causal_lm.model
-        self.lm_head = causal_lm.lm_head
+        self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
+
+    def layers(self, tables):
+        """Yield each layer with its K and V."""
+        return zip(self.model.layers, tables[::2], tables[1::2], strict=True)
 
 
 class PrefillGraph(_CachedLlama):
@@ -59,26 +61,23 @@ class PrefillGraph(_CachedLlama):
     def forward(self, input_ids, token, position, rope, *tables):
         hidden = self.model.embed_tokens(input_ids)  # (1, padded, width)
         rotation = rope[:, : input_ids.shape[1]]
-        for layer, keys, values in by_layer(self.model.layers, tables):
-            hidden = self.layer(layer, hidden, rotation, keys, values)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        for layer, keys, values in self.layers(tables):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            q = rotate(split_heads(attention.q_proj(normed), attention.head_dim), rotation)
+            k = rotate(split_heads(attention.k_proj(normed), attention.head_dim), rotation)
+            v = attention.v_proj(normed)  # (1, padded, kv_heads * head_dim)
+            keys.index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
+            values.index_copy_(0, places, v[0])
+            # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
+            seen = causal_attention(q, k, split_heads(v, attention.head_dim), attention.scaling)
+            hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         last = hidden.index_select(1, position - 1)  # (1, 1, width)
         logits = self.lm_head(self.model.norm(last))[:, 0]
         token.copy_(first_argmax(logits))
         return logits
-
-    def layer(self, layer, hidden, rotation, keys, values):
-        attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
-        q = rotate(split_heads(attention.q_proj(normed), attention.head_dim), rotation)
-        k = rotate(split_heads(attention.k_proj(normed), attention.head_dim), rotation)
-        v = attention.v_proj(normed)  # (1, padded, kv_heads * head_dim)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        keys.index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
-        values.index_copy_(0, places, v[0])
-        # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
-        seen = causal_attention(q, k, split_heads(v, attention.head_dim), attention.scaling)
-        hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 class DecodeGraph(_CachedLlama):
@@ -89,43 +88,38 @@ class DecodeGraph(_CachedLlama):
     A library's product could not, and would be chosen by tuning.
     """
 
-    def __init__(self, causal_lm: nn.Module):
+    def __init__(self, causal_lm):
         super().__init__(causal_lm)
-        self.attend = choose_attention(causal_lm)
+        self.attend = plain_attention
+        if causal_lm.device.type == "cuda":
+            from aotinductor import decode_kernel  # needs Triton, which torch for CPUs lacks
+
+            if decode_kernel.supports(causal_lm.model.layers[0].self_attn.head_dim):
+                self.attend = decode_kernel.kernel_attention
 
     def forward(self, token, position, rope, *tables):
         hidden = self.model.embed_tokens(token)[0, 0]  # (width,)
-        for layer, keys, values in by_layer(self.model.layers, tables):
-            hidden = self.layer(layer, hidden, position, rope, keys, values)
-        (logits,) = products(hidden, [self.lm_head], norm=self.model.norm)
+        for layer, keys, values in self.layers(tables):
+            attention, mlp = layer.self_attn, layer.mlp
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            q, k, v = products(hidden, projections, layer.input_layernorm)
+            seen = self.attend(q, k, v, keys, values, position, rope, attention.scaling)
+            (added,) = products(materialized(seen), [attention.o_proj])
+            hidden = materialized(hidden + added)
+            wide = [mlp.gate_proj, mlp.up_proj]
+            gate, up = products(hidden, wide, layer.post_attention_layernorm)
+            (added,) = products(materialized(mlp.act_fn(gate) * up), [mlp.down_proj])
+            hidden = materialized(hidden + added)
+        (logits,) = products(hidden, [self.lm_head], self.model.norm)
         logits = materialized(logits)[None]
         token.copy_(first_argmax(logits))
         position.add_(1)
         return logits
 
-    def layer(self, layer, hidden, position, rope, keys, values):
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        q, k, v = products(hidden, projections, norm=layer.input_layernorm)
-        seen = self.attend(q, k, v, keys, values, position, rope, attention.scaling)
-        (added,) = products(materialized(seen), [attention.o_proj])
-        hidden = materialized(hidden + added)
-        wide = products(hidden, [mlp.gate_proj, mlp.up_proj], norm=layer.post_attention_layernorm)
-        gate, up = wide
-        (added,) = products(materialized(mlp.act_fn(gate) * up), [mlp.down_proj])
-        return materialized(hidden + added)
-
-
-def by_layer(layers, tables):
-    """Yield (layer, keys, values); tables hold K and V of each layer in turn."""
-    return zip(layers, tables[::2], tables[1::2], strict=True)
-
 
 def products(x: torch.Tensor, linears, norm: nn.Module | None = None) -> list[torch.Tensor]:
-    """Return each linear of x (width,), after its RMS norm if one is given: (rows,) of x's dtype.
-
-    Summed in float32 and rounded once.
-    """
+    """Return each linear of x (width,), after its RMS norm if given: (rows,) of x's dtype."""
+    # summed in float32 and rounded once
     row = x.float()
     scaled = row if norm is None else row * norm.weight.float()
     outputs = []
@@ -153,10 +147,8 @@ def materialized(x: torch.Tensor) -> torch.Tensor:
 
 
 def first_argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return the index (1, 1) of the largest of logits (1, vocab), the first one of equals.
-
-    In two steps: one for each part of the logits, and one for the parts.
-    """
+    """Return the index (1, 1) of the largest of logits (1, vocab), the first one of equals."""
+    # in two steps: one for each part of the logits, and one for the parts
     padded = F.pad(logits, (0, -logits.shape[1] % ARGMAX_PARTS), value=float("-inf"))
     best, where = padded.view(ARGMAX_PARTS, -1).max(-1)
     part = best.argmax(0, keepdim=True)
@@ -187,43 +179,19 @@ def causal_attention(q, k, v, scale):
     wrong results (pytorch #193893, #169849). The choice is made while the graph is lowered, so a
     context manager here would have no effect: the operator is called by its name.
     """
-    if has_flash_kernel(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, is_causal=True, scale=scale
-        )[0]
-    # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
-    # materialises it for SDPA.)
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-
-
-def has_flash_kernel(q: torch.Tensor) -> bool:
-    """Whether CUDA has a flash kernel for q (1, heads, seq, head_dim) on the device at hand."""
-    return (
+    if (
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
-
-
-def choose_attention(causal_lm: nn.Module):
-    """Return decode's attention, the one thing in which CUDA and CPU differ."""
-    if causal_lm.device.type == "cuda":
-        from aotinductor import decode_kernel  # needs Triton, which torch for CPUs comes without
-
-        if decode_kernel.supports(causal_lm.model.layers[0].self_attn.head_dim):
-            return kernel_attention
-    return plain_attention
-
-
-def kernel_attention(q, k, v, keys, values, position, rope, scale):
-    """As `plain_attention`, by a kernel that reads no slot beyond `position`."""
-    from aotinductor import decode_kernel
-
-    parts, lse = decode_kernel.attend(q, k, v, keys, values, position, rope, scale)
-    return decode_kernel.join(parts, lse).flatten().to(q.dtype)
+    ):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, is_causal=True, scale=scale)[0]
+    # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
+    # materialises it for SDPA.)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
 def plain_attention(q, k, v, keys, values, position, rope, scale):
@@ -250,38 +218,40 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     return seen.flatten().to(q.dtype)
 
 
-def export_prefill(
-    causal_lm,
-    cache: CacheShape,
-    bounds: Bounds,
-    example_seq_len: int,
-) -> torch.export.ExportedProgram:
+@torch.no_grad()
+def export_prefill(causal_lm, cache: CacheShape, bounds: Bounds, example_seq_len: int):
     """Export prefill for every padded prompt length within the bounds."""
-    state = example_state(causal_lm, cache)
+    token, position, *rest = example_state(causal_lm, cache)
     length, length_dim = bounds.example_and_dim(example_seq_len)
-    state[1].fill_(length)
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
     shapes = (length_dim, None, None, None, (None,) * (2 * cache.layers))
-    with torch.no_grad():
-        return torch.export.export(PrefillGraph(causal_lm), (ids, *state), dynamic_shapes=shapes)
+    state = (ids, token, position.fill_(length), *rest)
+    return torch.export.export(PrefillGraph(causal_lm), state, dynamic_shapes=shapes)
 
 
-def export_decode(causal_lm, cache: CacheShape) -> torch.export.ExportedProgram:
+@torch.no_grad()
+def export_decode(causal_lm, cache: CacheShape):
     """Export decode: over any number of blocks of the tables on a CPU, over whole ones on CUDA.
 
     There one captured graph serves every length, and its kernel ends at the position by itself.
     """
     token, position, rope, *tables = example_state(causal_lm, cache)
-    blocks = cache.rows // BLOCK_ROWS
-    shape = None
+    blocks, shape = cache.rows // BLOCK_ROWS, None
     if causal_lm.device.type == "cpu" and blocks > 1:
         shape = {0: BLOCK_ROWS * torch.export.Dim("blocks", min=1, max=blocks)}
         # an example of one block would be taken for a constant
         tables = [table[: 2 * BLOCK_ROWS] for table in tables]
     shapes = (None, None, None, (shape,) * len(tables))
     state = (token, position, rope, *tables)
-    with torch.no_grad():
-        return torch.export.export(DecodeGraph(causal_lm), state, dynamic_shapes=shapes)
+    return torch.export.export(DecodeGraph(causal_lm), state, dynamic_shapes=shapes)
+
+
+def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:
+    """Return [token, position, rope, *tables]: zeros, as the model's tensors."""
+    device, dtype = causal_lm.device, causal_lm.dtype
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    rope = torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device)
+    return [token, torch.zeros_like(token[0]), rope, *cache.make_tables(dtype, device)]
 
 
 def decode_options(causal_lm) -> dict[str, object]:
@@ -289,26 +259,14 @@ def decode_options(causal_lm) -> dict[str, object]:
     if causal_lm.device.type == "cuda":
         # q, k and v have different numbers of rows: only a combined kernel launches them as one
         return {"combo_kernels": True}
-    weights_bytes = sum(weight.nbytes for weight in causal_lm.parameters())
     # A thread that waits for another one spins, and on a machine with other work waits long.
-    if weights_bytes < ONE_THREAD_BYTES:
+    if sum(weight.nbytes for weight in causal_lm.parameters()) < ONE_THREAD_BYTES:
         return {"cpp.dynamic_threads": False, "cpp.threads": 1}
     return {}
 
 
-def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:
-    """Return [token, position, rope, *tables]: zeros, as the model's tensors."""
-    device, dtype = causal_lm.device, causal_lm.dtype
-    return [
-        torch.zeros(1, 1, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int64, device=device),
-        torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device),
-        *cache.make_tables(dtype, device),
-    ]
-
-
 def rope_recipe(causal_lm) -> dict[str, object]:
-    """Return what `kv_cache.rope_table` needs, for the metadata: JSON keeps float32 exactly."""
+    """Return what `rope_table` needs, for the metadata: JSON keeps float32 exactly."""
     rotary = causal_lm.model.rotary_emb
     frequencies = rotary.inv_freq.detach().double().tolist()  # (head_dim / 2,)
     return {"inv_freq": frequencies, "attention_scaling": float(rotary.attention_scaling)}

@@ -18,20 +18,20 @@ _REBUILD = "rebuild with ./build.sh"
 
 @dataclass(frozen=True)
 class Bounds:
-    """The lengths of a graph in tokens; a static graph has one, `max_seq_len`.
-
-    `buckets` are lengths that it also takes, few enough to meet each of them often.
-    """
+    """The lengths of a graph in tokens; a static graph has one, `max_seq_len`."""
 
     dynamic_seq_len: bool
     min_seq_len: int
     max_seq_len: int
     dynamic_seq_multiple: int
-    buckets: tuple[int, ...]
 
     @property
-    def min_padded(self) -> int:
-        return self.padded(self.min_seq_len)
+    def buckets(self) -> list[int]:
+        """Lengths that the graph also takes, few enough to meet each of them often."""
+        buckets = [self.padded(self.min_seq_len)]
+        while buckets[-1] < self.max_seq_len:
+            buckets.append(min(2 * buckets[-1], self.max_seq_len))
+        return buckets
 
     def padded(self, length: int, bucket_pad: bool = False) -> int:
         """Return the length that the graph is called with for `length` true tokens."""
@@ -46,7 +46,7 @@ class Bounds:
         import torch  # a lean start checks bounds without needing torch.export
 
         multiple = self.dynamic_seq_multiple
-        first, last = self.min_padded // multiple, self.max_seq_len // multiple
+        first, last = self.buckets[0] // multiple, self.max_seq_len // multiple
         blocks = torch.export.Dim("blocks", min=first, max=last)
         # an example of one block would be taken for a constant, and so would one that is as long as
         # the KV cache: it stays below the longest
@@ -55,43 +55,23 @@ class Bounds:
         return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"buckets": list(self.buckets)}
+        return asdict(self) | {"buckets": self.buckets}
 
 
 def make_bounds(flags: ShapeFlags) -> Bounds:
     """Return the bounds that a graph is exported with."""
     if not flags.dynamic_seq_len:
-        length = flags.example_seq_len
-        return Bounds(False, 1, length, length, (length,))
-    multiple, longest = flags.dynamic_seq_multiple, flags.max_seq_len
-    buckets = [-(-flags.min_seq_len // multiple) * multiple]
-    while buckets[-1] * 2 < longest:
-        buckets.append(buckets[-1] * 2)
-    return Bounds(True, flags.min_seq_len, longest, multiple, (*buckets, longest))
+        return Bounds(False, 1, flags.example_seq_len, flags.example_seq_len)
+    return Bounds(True, flags.min_seq_len, flags.max_seq_len, flags.dynamic_seq_multiple)
 
 
 def parse_bounds(recipe: dict[str, Any]) -> Bounds:
     """Return the bounds in a package's recipe; raise ArtifactDamagedError if there are none."""
-    found = {field.name: recipe.get(field.name) for field in fields(Bounds)}
-    lengths = [found["min_seq_len"], found["max_seq_len"], found["dynamic_seq_multiple"]]
-    buckets = found["buckets"] if isinstance(found["buckets"], list) else []
-    valid = all(type(number) is int and number > 0 for number in (*lengths, *buckets))
-    if not valid or not buckets or type(found["dynamic_seq_len"]) is not bool:
+    dynamic, *lengths = (recipe.get(field.name) for field in fields(Bounds))
+    valid = type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths)
+    if not valid or recipe.get("buckets") != (bounds := Bounds(dynamic, *lengths)).buckets:
         raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
-    bounds = Bounds(**found | {"buckets": tuple(buckets)})
-    multiples = all(length % bounds.dynamic_seq_multiple == 0 for length in buckets)
-    if not multiples or max(buckets) != bounds.max_seq_len:
-        raise ArtifactDamagedError(f"the metadata's sequence lengths disagree: {_REBUILD}")
     return bounds
-
-
-def override(flags: ExpectedShapeFlags) -> Bounds:
-    """Return the bounds of a graph compiled at runtime: build's, changed by the flags given."""
-    given = {name: value for name, value in asdict(flags).items() if value is not None}
-    try:
-        return make_bounds(replace(ShapeFlags(), **given))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -112,21 +92,46 @@ class Plan:
 
     def check_request(self, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool) -> None:
         """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
-        if self.slots is None:
-            check_request(self.bounds, prompt_tokens, max_new_tokens)
+        bounds, slots, longest = self.bounds, self.slots, self.bounds.max_seq_len
+        static = not bounds.dynamic_seq_len
+        if static and max_new_tokens > 1:
+            raise UsageError(
+                f"--max-new-tokens {max_new_tokens} with a static package: it was exported for one "
+                f"length, {longest} tokens, and every new token makes the sequence longer, so it "
+                f"can give 1; use --max-new-tokens 1, or {_REBUILD} --dynamic-seq-len"
+            )
+        graph, kind = ("prefill", "--kv-cache ") if slots else ("the graph", "")
+        taken = prompt_tokens if static or slots else prompt_tokens + max_new_tokens
+        # into the KV cache goes the prompt's padding too, and never the last new token
+        padded = bounds.padded(min(prompt_tokens, longest), bucket_pad)
+        stored = max(prompt_tokens + max_new_tokens - 1, padded)
+        if prompt_tokens < bounds.min_seq_len:
+            problem = f"{graph} takes at least {bounds.min_seq_len}"
+            flags = f"{kind}--min-seq-len {prompt_tokens}"
+        elif taken > longest:
+            problem = f"{graph} takes at most {longest}"
+            flags = f"{kind}--max-seq-len {bounds.padded(taken)}"
+            if static:
+                flags = f"--no-dynamic-seq-len --example-seq-len {taken}"
+        elif slots and stored > slots:
+            problem = f"they need {stored} slots of the KV cache, which has {slots}"
+            flags = f"{kind}--max-cache-len {stored}"
         else:
-            check_kv_request(self.bounds, self.slots, prompt_tokens, max_new_tokens, bucket_pad)
+            return
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones: {problem}; change the "
+            f"prompt or --max-new-tokens, or {_REBUILD} {flags}"
+        )
 
     def fill_in(self, shared: SharedFlags) -> SharedFlags:
         """Return the flags with the package's device and dtype where the user left them open."""
+        found = {}
         # where there is no GPU, a package for one is refused with all that differs
-        on_cpu = shared.device == "auto" and self.built.get("device") == "cpu"
-        told = shared.dtype != "auto" or self.dtype not in DTYPES
-        return replace(
-            shared,
-            device="cpu" if on_cpu else shared.device,
-            dtype=shared.dtype if told else self.dtype,
-        )
+        if shared.device == "auto" and self.built.get("device") == "cpu":
+            found["device"] = "cpu"
+        if shared.dtype == "auto" and self.dtype in DTYPES:
+            found["dtype"] = self.dtype
+        return replace(shared, **found)
 
 
 def find_plan(settings: RunSettings) -> Plan:
@@ -148,59 +153,14 @@ def find_plan(settings: RunSettings) -> Plan:
 
 def shape_differences(built: dict[str, Any], settings: RunSettings) -> list[Difference]:
     """Return the lengths that the user asks for and that the package was not built with."""
-    given = {name: value for name, value in asdict(settings.shape).items() if value is not None}
-    return differences(built, given, given)
+    asked = asdict(settings.shape)
+    return [one for one in differences(built, asked, asked) if one.found is not None]
 
 
-def check_request(bounds: Bounds, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise UsageError if the graph cannot serve this request, saying which limit it meets."""
-    total = prompt_tokens + max_new_tokens
-    if not bounds.dynamic_seq_len:
-        _check_static(bounds.max_seq_len, prompt_tokens, max_new_tokens)
-    elif prompt_tokens < bounds.min_seq_len:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, the graph takes at least "
-            f"{bounds.min_seq_len}: use a longer prompt, or {_REBUILD} "
-            f"--min-seq-len {prompt_tokens}"
-        )
-    elif total > bounds.max_seq_len:
-        multiple = bounds.dynamic_seq_multiple
-        raise UsageError(
-            f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones are more than the "
-            f"{bounds.max_seq_len} tokens that the graph takes: shorten them, or {_REBUILD} "
-            f"--max-seq-len {-(-total // multiple) * multiple}"
-        )
-
-
-def check_kv_request(
-    bounds: Bounds, slots: int, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool
-) -> None:
-    """Raise UsageError if prefill or the KV cache cannot take this request."""
-    needed = prompt_tokens + max_new_tokens - 1  # the last new token is never stored
-    if not bounds.min_seq_len <= prompt_tokens <= bounds.max_seq_len:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, prefill takes {bounds.min_seq_len} to "
-            f"{bounds.max_seq_len}: change the prompt, or {_REBUILD} --kv-cache with other "
-            "--min-seq-len and --max-seq-len"
-        )
-    needed = max(needed, bounds.padded(prompt_tokens, bucket_pad))
-    if needed > slots:
-        raise UsageError(
-            f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones need {needed} slots of the "
-            f"KV cache, which has {slots}: shorten them, or {_REBUILD} --kv-cache "
-            f"--max-cache-len {needed}"
-        )
-
-
-def _check_static(length: int, prompt_tokens: int, max_new_tokens: int) -> None:
-    if max_new_tokens > 1:
-        raise UsageError(
-            f"--max-new-tokens {max_new_tokens} with a static package: it was exported for one "
-            f"length, {length} tokens, and every new token makes the sequence longer, so it can "
-            f"give 1; use --max-new-tokens 1, or {_REBUILD} --dynamic-seq-len"
-        )
-    if prompt_tokens > length:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, the static package takes {length}: shorten "
-            f"it, or {_REBUILD} --no-dynamic-seq-len --example-seq-len {prompt_tokens}"
-        )
+def override(flags: ExpectedShapeFlags) -> Bounds:
+    """Return the bounds of a graph compiled at runtime: build's, changed by the flags given."""
+    given = {name: value for name, value in asdict(flags).items() if value is not None}
+    try:
+        return make_bounds(ShapeFlags(**given))
+    except ValueError as error:
+        raise UsageError(str(error)) from None

@@ -5,25 +5,16 @@ all of it over tensors that have their places, and zeros in them, until the byte
 """
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from aotinductor.base import BaseGenerator, Step
+from aotinductor import package
+from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH
-from aotinductor.kv_cache import CacheShape, rope_table
-from aotinductor.kv_generation import Generator
+from aotinductor.kv_generation import CacheShape, Generator, rope_table
 from aotinductor.lengths import Plan
-from aotinductor.package import (
-    Constant,
-    Model,
-    check_layout,
-    find_in_checkpoint,
-    find_in_package,
-    make_values,
-    open_model,
-)
 from aotinductor.recipe import find_differences
 from common.artifacts import ArtifactPair, TrustFlags, open_verified
 from common.cli import Console
@@ -37,25 +28,11 @@ from common.weights import Upload, list_checkpoint, start_upload
 Engine = BaseGenerator | Generator
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A package ready to generate."""
+class Loaded(NamedTuple):
+    """What generates, and what a result tells of the package that it came from."""
 
-    manifest: Manifest
-    name: str
-    verify_seconds: float
     engine: Engine
-    weights_of: str
-
-    def as_json(self) -> dict:
-        return {
-            "name": self.name,
-            "sha256": self.manifest.file["sha256"],
-            "bytes": self.manifest.file["bytes"],
-            "verify_seconds": self.verify_seconds,
-            "kv_cache": self.manifest.recipe["kv_cache"],
-            "weights_of": self.weights_of,
-        }
+    artifact: dict
 
 
 def load_package(
@@ -74,16 +51,31 @@ def load_package(
         if manifest.recipe != plan.built:
             raise ArtifactMismatchError(f"{pair.path} was replaced since this start: try again")
         try:
-            check_layout(verified.file, manifest.details["graphs"])
+            package.check_layout(verified.file, manifest.details["graphs"])
             # the file is open in here and in the mappings made here: no name of it is needed later
             path = Path(verified.path_for_loader)
             engine = _load(path, manifest, target, cuda_graph, warm_up_tokens, stages)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise _describe_failure(pair, error) from error
-    embedded = manifest.recipe["embed_weights"]
+            text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+            if "out of memory" in text:
+                text = f"out of device memory while loading {pair.path}: {text}"
+                raise EnvironmentProblemError(text) from error
+            if isinstance(error, KeyError | TypeError):
+                text = f"its metadata does not describe it: {text}"
+            raise ArtifactDamagedError(
+                f"{pair.path} cannot be loaded ({text}): build it with ./build.sh"
+            ) from error
+    recipe, file = manifest.recipe, manifest.file
     built_from = f"{manifest.model['id']} (in the package)"
-    weights_of = built_from if embedded else target.checkpoint.model_id
-    return Loaded(manifest, pair.path.name, verified.verify_seconds, engine, weights_of)
+    artifact = {
+        "name": pair.path.name,
+        "sha256": file["sha256"],
+        "bytes": file["bytes"],
+        "verify_seconds": verified.verify_seconds,
+        "kv_cache": recipe["kv_cache"],
+        "weights_of": built_from if recipe["embed_weights"] else target.checkpoint.model_id,
+    }
+    return Loaded(engine, artifact)
 
 
 def _load(
@@ -93,16 +85,22 @@ def _load(
     details, device = manifest.details, target.device
     if manifest.recipe["kv_cache"] != ("cache" in details):
         raise ValueError("its metadata's recipe and details are of different graphs")
-    constants = [Constant.from_json(row) for row in details["constants"]]
+    constants = [package.Constant(**row) for row in details["constants"]]
     upload = _start_upload(path, constants, manifest, target)
-    clock = threading.Thread(target=_time_upload, args=(upload, stages))
+
+    def time_upload() -> None:  # most of it goes on behind other stages
+        with stages.stage("weights", hidden=True):
+            for thread in upload.threads:
+                thread.join()
+
+    clock = threading.Thread(target=time_upload)
     clock.start()
-    tensors = upload.tensors | make_values(constants, device)
-    models = [open_model(path, name, device, tensors) for name in details["graphs"]]
+    tensors = upload.tensors | package.make_values(constants, device)
+    models = [package.open_model(path, name, device, tensors) for name in details["graphs"]]
     stages.close("artifact")
     engine = make_engine(models, details, target.dtype, device)
     if device.type == "cuda":
-        warm_up(engine, warm_up_tokens, cuda_graph)
+        _warm_up(engine, warm_up_tokens, cuda_graph)
         synchronize(device)
         stages.close("capture")
     upload.wait()
@@ -112,51 +110,36 @@ def _load(
 
 
 def _start_upload(
-    path: Path, constants: list[Constant], manifest: Manifest, target: Target
+    path: Path, constants: list[package.Constant], manifest: Manifest, target: Target
 ) -> Upload:
     if manifest.recipe["embed_weights"]:
-        return start_upload(find_in_package(constants, path), target.device)
+        return start_upload(package.find_in_package(constants, path), target.device)
     folder = target.checkpoint.folder
     # only a build that converted the weights asks for a conversion again
     dtype = target.dtype if manifest.recipe["cast_weights"] else None
     try:
-        stored = find_in_checkpoint(constants, list_checkpoint(folder), dtype)
+        stored = package.find_in_checkpoint(constants, list_checkpoint(folder), dtype)
     except (ValueError, FileNotFoundError) as error:
         raise ArtifactMismatchError(f"{folder}: {error}") from error
     return start_upload(stored, target.device, dtype)
 
 
-def _time_upload(upload: Upload, stages: Stages) -> None:
-    """Book how long the weights travel, most of it behind other stages."""
-    with stages.behind("weights"):
-        for thread in upload.threads:
-            thread.join()
-
-
 def make_engine(
-    models: list[Model], details: dict, dtype: torch.dtype, device: torch.device
+    models: list[package.Model], details: dict, dtype: torch.dtype, device: torch.device
 ) -> Engine:
     """Return what generates with the models of a package whose metadata has these details."""
     if "cache" not in details:
         (model,) = models
-        return BaseGenerator(base_step(model), device)
+        return BaseGenerator(lambda ids, mask: model.run([ids, mask])[0], device)
     cache = CacheShape(**details["cache"])
     table = rope_table(**details["rope"], slots=cache.slots, dtype=dtype, device=device)
     prefill, decode = models
     return Generator(prefill, decode, cache, table)
 
 
-def base_step(model: Model) -> Step:
-    """Return a base package's model as a function: ids and mask -> logits."""
-    return lambda input_ids, attention_mask: model.run([input_ids, attention_mask])[0]
-
-
 @torch.no_grad()
-def warm_up(engine: Engine, tokens: int, cuda_graph: bool) -> None:
-    """Run what a request will run, so that kernels and libraries are there; leave no trace of it.
-
-    `tokens` is the length of a padded prompt.
-    """
+def _warm_up(engine: Engine, tokens: int, cuda_graph: bool) -> None:
+    """Run what a request will, so that kernels and libraries are there; leave no trace of it."""
     if isinstance(engine, BaseGenerator):
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=engine.device)
         engine.step(ids, torch.ones_like(ids))
@@ -165,12 +148,3 @@ def warm_up(engine: Engine, tokens: int, cuda_graph: bool) -> None:
     if cuda_graph:
         engine.capture()
     engine.reset()
-
-
-def _describe_failure(pair: ArtifactPair, error: Exception) -> Exception:
-    text = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    if "out of memory" in text:
-        return EnvironmentProblemError(f"out of device memory while loading {pair.path}: {text}")
-    if isinstance(error, KeyError | TypeError):
-        text = f"its metadata does not describe it: {text}"
-    return ArtifactDamagedError(f"{pair.path} cannot be loaded ({text}): build it with ./build.sh")

@@ -1,27 +1,28 @@
 """A `.pt2` as a start sees it: its models opened, and bound to weights. Torch alone, no compiler.
 
-A package holds the models that `OPENED` names, code only. Their constants lie in a checkpoint, or,
-where the weights are embedded, once in the package itself: stored, not deflated, so that each is
-read from its offset in the file as from a checkpoint, and nothing but code is unpacked at a start.
-A package of the base graph with its weights also holds `model`, for `aoti_load_package`.
+A package holds the models `base`, or `prefill` and `decode`, code only. Their constants lie in a
+checkpoint, or, where the weights are embedded, once in the package itself: stored, not deflated, so
+that each is read from its offset in the file as from a checkpoint, and nothing but code is unpacked
+at a start. A package of the base graph with its weights also holds PLAIN_MODEL.
 
 Private API: `torch._C._aoti.AOTIModelPackageLoader`, the loader under `aoti_load_package`. Read in
 torch 2.9.1 and 2.13.0: the same five positional arguments. It extracts the one model's files to a
 folder under /tmp (or TMPDIR from 2.10 on), removed when the loader is.
 """
 
+import platform
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
 from common.weights import Stored, target_dtype
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
-OPENED = {False: ("base",), True: ("prefill", "decode")}  # by whether there is a KV cache
+COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
 
 
 class Model(Protocol):
@@ -32,7 +33,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that the graphs read, as the metadata lists it.
+    """A tensor that the graphs read, as a row of the metadata has it.
 
     `aliases` are further names of the same tensor (tied weights): a checkpoint may use any of them.
     `values` holds the tensor where no checkpoint does (rope frequencies), and `offset` says where
@@ -40,23 +41,11 @@ class Constant:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     dtype: str
-    aliases: tuple[str, ...] = ()
-    values: tuple[float, ...] | None = None
+    aliases: Sequence[str] = ()
+    values: Sequence[float] | None = None
     offset: int | None = None
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Constant":
-        values = row.get("values")
-        return cls(
-            row["name"],
-            tuple(row["shape"]),
-            row["dtype"],
-            tuple(row.get("aliases", ())),
-            None if values is None else tuple(values),
-            row.get("offset"),
-        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,19 +53,12 @@ class Constant:
 
 
 def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
-    """Return where a package with embedded weights holds each constant that has no values.
-
-    Raises ValueError for an offset that is not in the file.
-    """
-    size = path.stat().st_size
-    found = {}
-    for constant in constants:
-        if constant.values is None:
-            one = Stored(constant.name, path, constant.torch_dtype, constant.shape, constant.offset)
-            if not 0 <= one.begin <= size - one.nbytes:
-                raise ValueError(f"{one.name} is not in the package")
-            found[one.name] = one
-    return found
+    """Return where a package with embedded weights holds each constant that has no values."""
+    return {
+        row.name: Stored(row.name, path, row.torch_dtype, tuple(row.shape), row.offset)
+        for row in constants
+        if row.values is None
+    }
 
 
 def find_in_checkpoint(
@@ -84,8 +66,7 @@ def find_in_checkpoint(
 ) -> dict[str, Stored]:
     """Return what to read for each constant that has no values; `dtype` is what it is cast to.
 
-    Raises one ValueError naming the tensors that are missing, left over, or of another shape or
-    dtype, before a byte of them is read.
+    Raises ValueError naming the tensors that are missing, left over, or of another shape or dtype.
     """
     plan, wrong, known = {}, [], set()
     for row in constants:
@@ -96,7 +77,7 @@ def find_in_checkpoint(
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
             wrong.append(f"missing {row.name}")
-        elif found.shape != row.shape:
+        elif list(found.shape) != list(row.shape):
             wrong.append(f"{row.name} has shape {list(found.shape)}, not {list(row.shape)}")
         elif target_dtype(found, dtype) != row.torch_dtype:
             is_dtype = str(found.dtype).removeprefix("torch.")
@@ -104,15 +85,12 @@ def find_in_checkpoint(
         else:
             plan[row.name] = found
     # checkpoints of early Llamas hold every layer's rope frequencies, which are computed since
-    wrong += [
-        f"not expected: {name}"
-        for name in stored
-        if name not in known and not name.endswith("rotary_emb.inv_freq")
-    ]
+    left_over = [n for n in stored if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    wrong += [f"not expected: {name}" for name in left_over]
     if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise ValueError(
-            f"the checkpoint does not fit the package: {shown}. Rebuild the package for it"
+            f"the checkpoint does not fit the package ({len(wrong)} tensors): "
+            f"{'; '.join(wrong[:8])}. Rebuild the package for it"
         )
     return plan
 
@@ -134,22 +112,19 @@ def check_layout(package: BinaryIO, models: Iterable[str]) -> None:
     """
     try:
         with zipfile.ZipFile(package) as archive:  # reads the directory at the file's end
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    except zipfile.BadZipFile as error:
         raise ValueError(f"no zip file: {error}") from error
-    names = [entry.filename.split("/") for entry in entries]
-    if any(len(parts) < 2 or {"", ".", ".."} & set(parts[:-1]) for parts in names):
+    names = [name.split("/") for name in sizes]
+    if any(len(parts) < 2 or {"", ".", ".."} & set(parts) for parts in names):
         raise ValueError("a zip with names that no build writes")
-    if len({parts[0] for parts in names}) != 1 or any(parts[-1] == ".." for parts in names):
+    if len({parts[0] for parts in names}) != 1:
         raise ValueError("a zip with other folders than one package's")
     for model in models:
-        folder = ["data", "aotinductor", model]
-        found = [
-            entry.file_size
-            for entry, parts in zip(entries, names, strict=True)
-            if parts[1:-1] == folder and parts[-1].endswith(".so")
-        ]
-        if not found or not all(found):
+        folder = f"{names[0][0]}/data/aotinductor/{model}"
+        files = [name for name in sizes if name.rpartition("/")[0] == folder]
+        libraries = [sizes[name] for name in files if name.endswith(".so")]
+        if not libraries or 0 in libraries:
             raise ValueError(f"a zip without a library for {model}")
 
 
@@ -159,16 +134,26 @@ def open_model(
     """Return a model that reads `tensors` where they are; they may get their bytes later.
 
     Raises RuntimeError if the package has no such model, or is for a device that is not there, and
-    ValueError if it needs a tensor that is not given.
+    KeyError if it needs a tensor that is not given.
     """
     index = -1 if device.type == "cpu" else device.index or 0
     # Single threaded: no lock and no event per call, which a CUDA graph capture does not tolerate
     # (pytorch #148601); it demands one runner.
     model = torch._C._aoti.AOTIModelPackageLoader(str(path), name, True, 1, index)
-    names = set(model.get_constant_fqns())
-    if missing := sorted(names - set(tensors)):
-        raise ValueError(f"the package needs tensors that were not loaded: {', '.join(missing)}")
-    used = {name: tensors[name] for name in names}
+    used = {name: tensors[name] for name in model.get_constant_fqns()}
     # (map, use_inactive, check_full_update, user_managed): user managed means bound without a copy
     model.load_constants(used, False, True, True)
     return model
+
+
+def instruction_set(device: torch.device) -> str:
+    """Return what host code built here for `device` needs of a processor, and what this one offers.
+
+    The same word at build and at run is a match: the recipe holds it. A CUDA package's C++ only
+    launches kernels, so it is compiled for the common level: compiled for exactly this processor,
+    it would die of SIGILL on one without AVX-512. A CPU package computes in it.
+    """
+    here = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda" and platform.machine() == "x86_64" and here in ("AVX2", "AVX512"):
+        return COMMON_LEVEL
+    return here

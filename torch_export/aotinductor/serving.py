@@ -1,96 +1,81 @@
 """One run, from the process's start to its result: set up, serve every request, tell."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
+from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
+from aotinductor.kv_generation import Generator, make_sampler
 from aotinductor.lengths import Plan, find_plan, shape_differences
-from aotinductor.loading import Engine, load_package
+from aotinductor.loading import load_package
 from aotinductor.recipe import find_differences
-from aotinductor.sampling import make_sampler
-from common.cli import Console, config_of
-from common.compile_counts import Watch, read_counts, watch_compilation
+from common import compile_counts, serve
+from common.cli import Console, SamplingFlags, config_of
 from common.errors import UsageError
 from common.manifest import Difference, Manifest
 from common.measures import Stages, process_start
 from common.prompts import Printer, load_codec, padding_token_id, prompts_of
-from common.serve import Generate, run_document, serve_requests
 from common.store import fetch
 from common.target import Target, choose_target, load_model
 from common.toolchain import prepare_toolchain
-
-
-@dataclass(frozen=True)
-class Request:
-    """What every request of a run has in common."""
-
-    settings: RunSettings
-    target: Target
-    plan: Plan
-    padding_id: int
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return () if self.settings.prompt.ignore_eos else self.target.checkpoint.eos_token_ids
-
-    def padded(self, length: int) -> int:
-        return self.plan.bounds.padded(length, self.settings.loading.bucket_pad)
 
 
 def run(settings: RunSettings, console: Console) -> dict:
     """Set up, serve every request, and return the run's result."""
     stages = Stages(process_start())
     stages.close("imports")
-    settings = with_fetched_package(settings, console)
+    if settings.store.fetch is not None:
+        settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
     target = choose_target(plan.fill_in(settings.shared), console)
     cuda_graph = wants_cuda_graph(settings, target, plan)
-    check_sampling(settings, plan)
+    if settings.sampling.temperature and settings.mode != "eager" and plan.slots is None:
+        raise UsageError(
+            "--temperature samples from a package with a KV cache, the base graph is greedy: "
+            "build one with ./build.sh --kv-cache, or leave --temperature out"
+        )
     torch.empty(1, device=target.device)  # CUDA's context is there from here on
     stages.close("device")
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
+    padded, bucket_pad = len(prompts[0]), settings.loading.bucket_pad
     if settings.mode != "eager":
         for prompt in prompts:
-            plan.check_request(
-                len(prompt), settings.prompt.max_new_tokens, settings.loading.bucket_pad
-            )
-    request = Request(settings, target, plan, padding_token_id(codec, target.checkpoint))
-    loaded, watch = None, None
+            plan.check_request(len(prompt), settings.prompt.max_new_tokens, bucket_pad)
+        padded = plan.bounds.padded(padded, bucket_pad)
+    artifact = watch = None
     if settings.mode == "load":
-        loaded = load_package(
-            settings.files.pair(), target, plan, settings.trust, cuda_graph,
-            request.padded(len(prompts[0])), stages, console,
-        )  # fmt: skip
-        generate = generate_with(loaded.engine, request)
+        engine, artifact = load_package(
+            settings.files.pair(), target, plan, settings.trust, cuda_graph, padded, stages, console
+        )
     else:
-        watch, generate = set_up_without(request, cuda_graph, stages, console)
+        if settings.mode == "skip":
+            watch = compile_counts.watch_compilation()
+        engine = without_package(settings, target, plan, cuda_graph, stages, console)
+    padding_id = padding_token_id(codec, target.checkpoint)
+    generate = generate_with(engine, settings, target, plan, padding_id)
     setup_seconds = stages.elapsed()
     printer = Printer(settings.prompt, codec)
-    served = serve_requests(generate, prompts, target, stages, printer, console)
-    document = run_document(
+    served = serve.serve_requests(generate, prompts, target, stages, printer, console)
+    document = serve.run_document(
         APPROACH, settings.mode, config_of(settings), target, codec, served, setup_seconds, stages,
-        read_counts(watch), artifact=loaded.as_json() if loaded else None,
+        compile_counts.read_counts(watch), artifact=artifact,
     )  # fmt: skip
-    length = len(prompts[0])
-    padded = length if settings.mode == "eager" else request.padded(length)
     document["output"]["padded_tokens"] = padded
     return document
 
 
 def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings:
-    """Return the settings with the local copy of a store's package, where --fetch asks for one."""
-    if settings.store.fetch is None:
-        return settings
+    """Return the settings with the local copy of the store's package."""
     target = choose_target(settings.shared, Console(quiet=True))
 
     def fits(manifest: Manifest) -> list[Difference]:
         return find_differences(manifest, target) + shape_differences(manifest.recipe, settings)
 
-    pair = fetch(
-        settings.files.pair(), settings.store.fetch, APPROACH, fits, settings.trust, console
-    )
+    files, url = settings.files.pair(), settings.store.fetch
+    pair = fetch(files, url, APPROACH, fits, settings.trust, console)
     return replace(settings, files=PackageFileFlags(pair.path, pair.metadata_path))
 
 
@@ -105,66 +90,73 @@ def wants_cuda_graph(settings: RunSettings, target: Target, plan: Plan) -> bool:
     return possible and settings.loading.cuda_graph is not False
 
 
-def check_sampling(settings: RunSettings, plan: Plan) -> None:
-    if settings.sampling.temperature and settings.mode != "eager" and plan.slots is None:
-        raise UsageError(
-            "--temperature samples from a package with a KV cache, the base graph is greedy: "
-            "build one with ./build.sh --kv-cache, or leave --temperature out"
-        )
+def without_package(
+    settings: RunSettings, target: Target, plan: Plan, cuda_graph: bool, stages: Stages,
+    console: Console,
+):  # fmt: skip
+    """Return what serves without the package: transformers' model, or its graphs compiled here."""
+    # imported here: they bring the compiler and transformers, which a load does not pay for
+    import transformers  # noqa: F401
+
+    from aotinductor.runtime_compile import compile_at_runtime
+
+    if settings.mode == "skip":
+        export = settings.loading.no_preload_method == "export"
+        prepare_toolchain(target.device, host_code=export, console=console)
+    stages.close("imports")
+    model = load_model(target)
+    stages.close("weights")
+    if settings.mode == "eager":
+        return model
+    engine = compile_at_runtime(model, plan, settings.loading, cuda_graph)
+    stages.close("compile")
+    return engine
 
 
-def generate_with(engine: Engine, request: Request) -> Generate:
-    """Return the function that serves a prompt from the engine, with the flags of the run."""
-    limits = (request.settings.prompt.max_new_tokens, request.stop_ids)
-    if request.plan.slots is None:
-        return lambda prompt, on_token: engine.generate(
-            prompt, request.padded, request.padding_id, *limits, on_token
-        )
-    flags = request.settings.sampling
+def generate_with(
+    engine, settings: RunSettings, target: Target, plan: Plan, padding_id: int
+) -> serve.Generate:
+    """Return the function that serves a prompt with the flags of the run.
 
-    def generate(prompt, on_token):
+    The engine is a package's, or transformers' model as it is.
+    """
+    sampling, seed = settings.sampling, settings.shared.seed
+    stop_ids = () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids
+    limits = (settings.prompt.max_new_tokens, stop_ids)
+
+    def padded(length: int) -> int:
+        return plan.bounds.padded(length, settings.loading.bucket_pad)
+
+    def generate(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
+        if isinstance(engine, BaseGenerator):
+            return engine.generate(prompt, padded, padding_id, *limits, on_token)
+        if not isinstance(engine, Generator):
+            return generate_eagerly(engine, prompt, padding_id, *limits, on_token, sampling, seed)
         # of each request anew: the same prompt and seed give the same text
-        sampler = make_sampler(
-            flags.temperature, flags.top_k or None, flags.top_p, request.settings.shared.seed,
-            request.target.device,
-        )  # fmt: skip
-        padded = request.padded(len(prompt))
-        return engine.generate(prompt, padded, *limits, on_token, sampler)
+        sampler = make_sampler(**asdict(sampling), seed=seed, device=target.device)
+        return engine.generate(prompt, padded(len(prompt)), *limits, on_token, sampler)
 
     return generate
 
 
-def set_up_without(
-    request: Request, cuda_graph: bool, stages: Stages, console: Console
-) -> tuple[Watch | None, Generate]:
-    """Return what serves a request without the package: eager, or compiled at runtime."""
-    # imported here: they bring the compiler and transformers, which a load does not pay for
-    import transformers  # noqa: F401
+def generate_eagerly(
+    model, prompt: list[int], padding_id: int, max_new_tokens: int, stop_ids: Sequence[int],
+    on_token: Callable[[int], None], sampling: SamplingFlags, seed: int,
+) -> list[int]:  # fmt: skip
+    """Return the new tokens of Hugging Face `generate` as it is, without any compilation."""
+    from transformers import GenerationConfig
 
-    from aotinductor.runtime_compile import EagerGenerator, RuntimeCompiler
-
-    settings, plan = request.settings, request.plan
-    eager = settings.mode == "eager"
-    export = settings.loading.no_preload_method == "export"
-    watch = None if eager else watch_compilation()
-    if not eager:
-        prepare_toolchain(request.target.device, host_code=export, console=console)
-    stages.close("imports")
-    model = load_model(request.target)
-    stages.close("weights")
-    if eager:
-        engine = EagerGenerator(model, request.padding_id, settings.sampling, settings.shared.seed)
-        limits = (settings.prompt.max_new_tokens, request.stop_ids)
-        return None, lambda prompt, on_token: engine.generate(prompt, *limits, on_token)
-    max_autotune = settings.loading.max_autotune
-    if max_autotune is None:  # as the package was built where there is one
-        max_autotune = bool(plan.built.get("max_autotune", True))
-    compiler = RuntimeCompiler(
-        export=export,
-        one_dynamic_graph=settings.loading.compile_dynamic_seq_len,
-        max_autotune=max_autotune,
-        cuda_graph=cuda_graph,
+    ids = torch.tensor([prompt], device=model.device)  # (1, prompt) int64
+    # every choice is set, so that none is left to the checkpoint's own defaults
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=padding_id,
+        do_sample=sampling.temperature > 0,
+        **asdict(sampling) if sampling.temperature else {},
     )
-    compiled = compiler.compile(model, plan)
-    stages.close("compile")
-    return watch, generate_with(compiled, request)
+    torch.manual_seed(seed)
+    streamer, mask = serve.TokenStreamer(on_token), torch.ones_like(ids)
+    # (1, prompt + new_tokens) int64
+    output = model.generate(ids, attention_mask=mask, disable_compile=True, streamer=streamer)
+    return output[0, ids.shape[1] :].tolist()

@@ -1,90 +1,69 @@
-"""Before a package is published: its logits beside the eager model's, at the lengths that matter.
+"""How far a package's logits are from the model's: before it is published, and for a user who asks.
 
-Each check compares the logits of the last true tokens, so that padding is verified as well. On a
-GPU every decode step that is compared is a replay of the captured one, as in a run.
+What is compared is the logits of true tokens, so padding is verified as well. On a GPU every decode
+step is a replay of the captured one, as in a run. `model` is transformers'.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 
-from aotinductor.base import Step, pad_right
-from aotinductor.kv_generation import Generator
-from aotinductor.lengths import Bounds
+from aotinductor.base import BaseGenerator, pad_right
+from aotinductor.flags import APPROACH, RunSettings
+from aotinductor.lengths import Bounds, find_plan
+from aotinductor.loading import Engine, load_package
+from aotinductor.serving import wants_cuda_graph
+from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from common.measures import Stages, process_start
+from common.prompts import load_codec
+from common.report import logit_errors, logits_document
+from common.target import choose_target, load_model
 
 # the largest difference of a logit from eager's, as a share of eager's largest logit
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @torch.no_grad()
-def verify_base(step: Step, model: "PreTrainedModel", bounds: Bounds) -> list[dict]:
-    """Return how far the base graph is from eager; raise ScriptError beyond the tolerance."""
-    checks = []
-    for length in lengths_to_check(bounds):
-        ids = random_ids(model, length)
-        padded = bounds.padded(length)
-        found = step(*pad_right(ids.tolist(), padded, 0, model.device))[0, :length]
-        expected = model(ids[None], use_cache=False).logits[0]  # (length, vocab)
-        checks.append(describe_check("base", length, padded, found, expected))
-    check_differences(checks, model.dtype)
-    return checks
+def verify_package(engine: Engine, model, bounds: Bounds) -> list[dict]:
+    """Return how far the logits are from eager's: at the lower bound, the upper, and in between.
 
-
-@torch.no_grad()
-def verify_kv(
-    generator: Generator, model: "PreTrainedModel", bounds: Bounds, slots: int
-) -> list[dict]:
-    """Return how far prefill and a step of decode are from eager; raise beyond the tolerance."""
-    if generator.on_cuda:
-        generator.capture()
-    checks = []
-    # a longer request first: what it leaves in the cache must not reach the shorter ones
-    for length in reversed(lengths_to_check(bounds)):
-        ids = random_ids(model, length)
-        padded = bounds.padded(length)
-        generator.prefill(ids.tolist(), padded)
-        found, expected = generator.logits[0], last_logits(model, ids)
-        checks.append(describe_check("prefill", length, padded, found, expected))
-        if length < slots:
-            ids = torch.cat((ids, generator.token[0]))
-            generator.decode()
-            found, expected = generator.logits[0], last_logits(model, ids)
-            checks.append(describe_check("decode", length + 1, length + 1, found, expected))
-    check_differences(checks, model.dtype)
-    return checks
-
-
-def lengths_to_check(bounds: Bounds) -> list[int]:
-    """Return true lengths: the lower bound, one in between that needs padding, the upper bound."""
+    Those of all tokens of the base graph; with a KV cache those of prefill, and of one step of
+    decode where there is a slot for it. Raises ScriptError beyond the tolerance.
+    """
+    base = isinstance(engine, BaseGenerator)
+    if not base and engine.on_cuda:
+        engine.capture()
+    tolerance = TOLERANCES[str(model.dtype).removeprefix("torch.")]
     low, high = bounds.min_seq_len, bounds.max_seq_len
-    return sorted({low, round((low * high) ** 0.5), high})
-
-
-def random_ids(model: "PreTrainedModel", length: int) -> torch.Tensor:
-    """Return (length,) int64 on the model's device, the same for the same length."""
-    chance = torch.Generator().manual_seed(length)
-    return torch.randint(model.config.vocab_size, (length,), generator=chance).to(model.device)
-
-
-def last_logits(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
-    """Return eager's logits (vocab,) after the last of ids (length,)."""
-    return model(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-
-
-def describe_check(
-    graph: str, tokens: int, padded: int, found: torch.Tensor, expected: torch.Tensor
-) -> dict:
-    shape = {"graph": graph, "tokens": tokens, "padded_tokens": padded}
-    return shape | describe_difference(found, expected)
+    checks = []
+    # the longest first: what it leaves in the cache must not reach the shorter ones
+    for length in sorted({low, round((low * high) ** 0.5), high}, reverse=True):
+        padded = bounds.padded(length)
+        rows = [("prefill", length, padded, 0), ("decode", length + 1, length + 1, 1)]
+        if base:
+            rows = [("base", length, padded, slice(None))]
+        elif length == engine.cache.slots:
+            rows.pop()
+        chance, tokens = torch.Generator().manual_seed(length), rows[-1][1]
+        ids = torch.randint(model.config.vocab_size, (tokens,), generator=chance).tolist()
+        count = length if base else len(rows)
+        found, expected = engine_logits(engine, bounds, ids, count), eager_logits(model, ids, count)
+        for graph, tokens, padded, row in rows:
+            check = {"graph": graph, "tokens": tokens, "padded_tokens": padded}
+            check |= describe_difference(found[row], expected[row])
+            checks.append(check)
+            if not check["max_relative_difference"] <= tolerance:  # written so that NaN fails
+                raise ScriptError(
+                    f"the package's logits are not the model's: at {tokens} tokens they differ by "
+                    f"{check['max_relative_difference']:.2g} of the largest logit, at most "
+                    f"{tolerance:g} was expected; nothing was replaced"
+                )
+    return checks
 
 
 def describe_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """Return the largest difference of two equal shapes of logits, and its share of the largest."""
-    found, expected = found.float(), expected.float()
     difference = (found - expected).abs().max().item()
     return {
         "max_absolute_difference": difference,
@@ -92,14 +71,56 @@ def describe_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str
     }
 
 
-def check_differences(checks: list[dict], dtype: torch.dtype) -> None:
-    """Raise ScriptError when one of the checks is beyond the dtype's tolerance."""
-    tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
-    for check in checks:
-        # written so that NaN fails
-        if not check["max_relative_difference"] <= tolerance:
-            raise ScriptError(
-                f"the package's logits are not the model's: at {check['tokens']} tokens they "
-                f"differ by {check['max_relative_difference']:.2g} of the largest logit, at most "
-                f"{tolerance:g} was expected; nothing was replaced"
-            )
+@torch.no_grad()
+def eager_logits(model, ids: list[int], count: int) -> torch.Tensor:
+    """Return (count, vocab) float32 logits: those after each of the last `count` of the ids."""
+    row = torch.tensor([ids], device=model.device)
+    return model(row, use_cache=False, logits_to_keep=count).logits[0].float()
+
+
+@torch.no_grad()
+def engine_logits(engine: Engine, bounds: Bounds, ids: list[int], count: int) -> torch.Tensor:
+    """As `eager_logits`, of a package; with a KV cache one by one, the first of them by prefill."""
+    if isinstance(engine, BaseGenerator):
+        padded = pad_right(ids, bounds.padded(len(ids)), 0, engine.device)
+        return engine.step(*padded)[0, len(ids) - count : len(ids)].float()
+    prompt, forced = ids[: len(ids) - count + 1], ids[len(ids) - count + 1 :]
+    engine.prefill(prompt, bounds.padded(len(prompt)))
+    rows = [engine.logits.float()]
+    for token in forced:
+        engine.token.fill_(token)  # instead of the package's own choice
+        engine.decode()
+        rows.append(engine.logits.float().clone())  # a replay writes to the same memory
+    return torch.cat(rows)
+
+
+def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
+    """Return, for each prompt length, the errors of the logits of eager and of the package.
+
+    Against those of the model in float32, along its own greedy continuation.
+    """
+    plan = find_plan(settings)
+    target = choose_target(plan.fill_in(settings.shared), console)
+    steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
+    for length in lengths:
+        plan.check_request(length, steps, bucket_pad=False)
+    loaded = load_package(
+        settings.files.pair(), target, plan, settings.trust,
+        wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0]),
+        Stages(process_start()), console,
+    )  # fmt: skip
+    reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
+    codec = load_codec(target.checkpoint.folder)
+    rows = []
+    for length in console.bar(lengths, "logits", "prompt"):
+        ids = codec.synthetic_prompt(length, settings.shared.seed)
+        for _ in range(steps - 1):
+            ids.append(int(eager_logits(reference, ids, 1).argmax()))
+        expected = eager_logits(reference, ids, steps).cpu()
+        candidates = {
+            "eager": eager_logits(eager, ids, steps),
+            "load": engine_logits(loaded.engine, plan.bounds, ids, steps),
+        }
+        errors = {mode: logit_errors(found.cpu(), expected) for mode, found in candidates.items()}
+        rows.append({"prompt_length": length, **errors})
+    return logits_document(APPROACH, target.dtype_name, plan.slots, steps, rows)

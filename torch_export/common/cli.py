@@ -6,23 +6,24 @@ takes, or one dataclass made of groups.
 
 import argparse
 import dataclasses
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
+_METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 class Console:
     """Results on stdout, all else on stderr; `quiet` keeps warnings and results only."""
 
     def __init__(self, quiet: bool, verbose: bool = False):
-        self.quiet = quiet
-        self.verbose = verbose
+        self.quiet, self.verbose = quiet, verbose
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -35,22 +36,15 @@ class Console:
         print(text, flush=True)
 
     def bar(self, items: Collection[Any], label: str, unit: str):
-        """Return `items` behind a tqdm progress bar on stderr; a single item needs none.
-
-        Used in a `with`, it leaves its line when the work is interrupted.
-        """
+        """Return `items` behind a tqdm bar; in a `with` it leaves its line when interrupted."""
         # imported here: a lean start that shows no bar does not pay for tqdm
         from tqdm import tqdm
 
-        return tqdm(
-            items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet or len(items) < 2
-        )
+        one = len(items) < 2  # needs no bar
+        return tqdm(items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet or one)
 
 
-def flag(
-    default: Any, help: str, *, parse: Callable[[str], Any] | None = None, choices=None,
-    often: bool = False,
-):  # fmt: skip
+def flag(default: Any, help: str, *, parse=None, choices=None, often: bool = False) -> Any:
     """Declare one flag as a dataclass field; `often` puts it first in `--help`."""
     metadata = {"help": help, "parse": parse, "choices": choices, "often": often}
     return dataclasses.field(default=default, metadata=metadata)
@@ -59,91 +53,31 @@ def flag(
 def parse_flags(
     description: str, groups: Sequence[type], argv: Sequence[str] | None, **defaults: Any
 ) -> tuple:
-    """Return one instance per group; bad flags end the process with exit status 2.
-
-    `defaults` are those that this script has of its own.
-    """
+    """Return one instance per group; `defaults` are the script's own. Bad flags exit with 2."""
     parser = _make_parser(description, groups, defaults)
-    namespace = vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(argv))
     try:
-        return tuple(_instance(group, namespace) for group in groups)
+        return tuple(_instance(group, values) for group in groups)
     except ValueError as error:  # raised by a group's __post_init__: flags that exclude each other
         parser.error(str(error))
 
 
 def words_besides(groups: Sequence[type], argv: Sequence[str]) -> list[str]:
     """Return the words of a command line that are not flags of `groups`, as the user wrote them."""
-    _, words = _make_parser("", groups, {}).parse_known_args(argv)
-    return words
+    return _make_parser("", groups, {}).parse_known_args(argv)[1]
 
 
 def config_of(*groups: Any) -> dict[str, Any]:
     """Return the flags of all groups by name, as JSON values."""
-    return {name: _as_json(value) for name, value in _flag_values(*groups)}
-
-
-def positive_int(text: str) -> int:
-    return _bounded(int, text, minimum=1)
-
-
-def non_negative_int(text: str) -> int:
-    return _bounded(int, text, minimum=0)
-
-
-def non_negative_float(text: str) -> float:
-    return _bounded(float, text, minimum=0.0)
-
-
-def probability(text: str) -> float:
-    value = _bounded(float, text, minimum=0.0)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
-
-
-def sha256_text(text: str) -> str:
-    """Parse 64 hex digits, as `sha256sum` prints them."""
-    digest = text.strip().lower()
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a sha256: expected 64 hex digits")
-    return digest
-
-
-def positive_ints(text: str) -> tuple[int, ...]:
-    """Parse `128,256`: sorted, without repeats."""
-    return tuple(sorted({positive_int(part) for part in _parts(text)}))
-
-
-def names_from(*choices: str) -> Callable[[str], tuple[str, ...]]:
-    """Return a parser of comma-separated names out of `choices`, order kept."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(_parts(text)))
-        for name in names:
-            if name not in choices:
-                known = ", ".join(choices)
-                raise argparse.ArgumentTypeError(f"unknown name {name!r}: choose from {known}")
-        return names
-
-    return parse
-
-
-def _parts(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty entry: write it like 128,256")
-    return parts
-
-
-def _bounded(kind: type, text: str, minimum: float):
-    try:
-        value = kind(text)
-    except ValueError:
-        noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
-    if not minimum <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number >= {minimum}, got {text}")
-    return value
+    config = {}
+    for name, value in (item for group in groups for item in vars(group).items()):
+        if dataclasses.is_dataclass(value):
+            config |= config_of(value)
+        elif isinstance(value, Path):
+            config[name] = str(value)
+        else:
+            config[name] = list(value) if isinstance(value, tuple) else value
+    return config
 
 
 def _make_parser(
@@ -157,87 +91,98 @@ def _make_parser(
     )
     often = parser.add_argument_group("used most")
     for group in groups:
-        for plain in _plain_groups(group):
-            title = (plain.__doc__ or plain.__name__).strip().splitlines()[0]
-            rest = parser.add_argument_group(title)
-            hints = typing.get_type_hints(plain)
-            for field in dataclasses.fields(plain):
-                place = often if field.metadata["often"] else rest
-                default = defaults.get(field.name, field.default)
-                _add_flag(place, field, _without_none(hints[field.name]), default)
+        _add_group(parser, often, group, defaults)
     return parser
 
 
-def _add_flag(place, field: dataclasses.Field, kind: Any, default: Any) -> None:
-    name = f"--{field.name.replace('_', '-')}"
-    text = f"{field.metadata['help']} (default: {_default_text(default)})"
-    common = {"dest": field.name, "default": default, "help": text.replace("%", "%%")}
-    if kind is bool:
-        place.add_argument(name, action=argparse.BooleanOptionalAction, **common)
-        return
-    parse, choices = field.metadata["parse"] or kind, field.metadata["choices"]
-    metavar = None if choices else _METAVARS.get(kind, "TEXT")
-    place.add_argument(name, type=parse, choices=choices, metavar=metavar, **common)
-
-
-_METAVARS = {int: "N", float: "X", Path: "PATH"}
-
-
-def _plain_groups(group: type) -> Iterator[type]:
-    """Yield the group itself, or, of a dataclass made of groups, each of them."""
-    kinds = typing.get_type_hints(group).values()
-    if all(dataclasses.is_dataclass(kind) for kind in kinds):
-        yield from kinds
-    else:
-        yield group
-
-
-def _instance(group: type, namespace: dict[str, Any]) -> Any:
+def _add_group(parser: argparse.ArgumentParser, often, group: type, defaults: dict) -> None:
+    """Add the flags of the group itself, or, of a dataclass made of groups, those of each."""
     hints = typing.get_type_hints(group)
-    return group(
-        **{
-            name: _instance(kind, namespace) if dataclasses.is_dataclass(kind) else namespace[name]
-            for name, kind in hints.items()
-        }
-    )
-
-
-def _flag_values(*groups: Any) -> Iterator[tuple[str, Any]]:
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if dataclasses.is_dataclass(value):
-                yield from _flag_values(value)
-            else:
-                yield field.name, value
-
-
-def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
+    if all(map(dataclasses.is_dataclass, hints.values())):
+        for part in hints.values():
+            _add_group(parser, often, part, defaults)
+        return
+    rest = parser.add_argument_group(group.__doc__)
+    for field in dataclasses.fields(group):
+        told, kind = field.metadata, hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = typing.get_args(kind)[0]
+        default = defaults.get(field.name, field.default)
+        text = f"{told['help']} (default: {_default_text(default)})".replace("%", "%%")
+        settings: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": told["parse"] or kind, "choices": told["choices"]}
+            settings["metavar"] = None if told["choices"] else _METAVARS.get(kind, "TEXT")
+        place = often if told["often"] else rest
+        place.add_argument(f"--{field.name.replace('_', '-')}", **settings)
 
 
 def _default_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(str(part) for part in value) or "none"
+        value = ",".join(map(str, value))
     if isinstance(value, Path) and value.is_relative_to(_FOLDER):
-        return str(value.relative_to(_FOLDER))
-    return "none" if value is None else str(value)
+        value = value.relative_to(_FOLDER)
+    return "none" if value in (None, "") else str(value)
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+def _instance(group: type, values: dict[str, Any]) -> Any:
+    """Return the group with its flags, or, of a dataclass made of groups, with each of them."""
+    own = {
+        name: _instance(kind, values) if dataclasses.is_dataclass(kind) else values[name]
+        for name, kind in typing.get_type_hints(group).items()
+    }
+    return group(**own)
+
+
+# --- what a flag's text may be ---------------------------------------------------------------
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be >= {minimum}, got {text}")
+        return value
+
+    return parse
+
+
+positive_int = _at_least(1)
+non_negative_int = _at_least(0)
+
+
+def positive_ints(text: str) -> tuple[int, ...]:
+    """Parse `128,256`: sorted, without repeats."""
+    return tuple(sorted(set(map(positive_int, text.split(",")))))
+
+
+def mode_names(text: str) -> tuple[str, ...]:
+    """Parse names out of MODES, order kept."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in MODES:
+            known = ", ".join(MODES)
+            raise argparse.ArgumentTypeError(f"unknown name {name!r}: choose from {known}")
+    return names
+
+
+def sha256_text(text: str) -> str:
+    """Parse 64 hex digits, as `sha256sum` prints them."""
+    digest = text.strip().lower()
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sha256: expected 64 hex digits")
+    return digest
 
 
 # --- flags that scripts of both folders share ------------------------------------------------
 
-
-DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOOR = "floor"
 MODES = ("compile_preload", "compile_no_preload", "eager", FLOOR)
@@ -253,10 +198,8 @@ class SharedFlags:
         "random:tiny, random:1b, random:3b, random:8b",
         often=True,
     )
-    device: str = flag("auto", "where to run; auto is CUDA when there is one", choices=DEVICES)
-    dtype: str = flag(
-        "auto", "of weights; auto is bfloat16 on CUDA and float32 on CPU", choices=DTYPES
-    )
+    device: str = flag("auto", "auto: CUDA when there is one", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("auto", "of weights, auto: bfloat16 on CUDA, float32 on CPU", choices=DTYPES)
     seed: int = flag(0, "of sampling and of synthetic prompts", parse=non_negative_int)
     json: Path | None = flag(None, "file to write the whole result to, as JSON", often=True)
     verbose: bool = flag(False, "print every measure", often=True)
@@ -273,14 +216,10 @@ class PromptFlags:
         "text, or - to read it from stdin",
         often=True,
     )
-    prompts_file: Path | None = flag(
-        None, "file with one prompt a line, each a request of this process"
-    )
+    prompts_file: Path | None = flag(None, "one prompt a line, each a request of this process")
     chat: bool = flag(False, "put the prompt through the tokenizer's chat template")
     prompt_length: int = flag(
-        0,
-        "tokens of a synthetic prompt to use instead of the text; 0 is off",
-        parse=non_negative_int,
+        0, "tokens of a synthetic prompt instead of the text; 0 is off", parse=non_negative_int
     )
     max_new_tokens: int = flag(128, "tokens to generate at most", parse=positive_int, often=True)
     ignore_eos: bool = flag(False, "go on to --max-new-tokens past an end-of-sequence token")
@@ -298,13 +237,15 @@ class PromptFlags:
 class SamplingFlags:
     """sampling"""
 
-    temperature: float = flag(0.0, "of sampling; 0 is greedy decoding", parse=non_negative_float)
+    temperature: float = flag(0.0, "of sampling; 0 is greedy decoding")
     top_k: int = flag(0, "sample from the K likeliest tokens; 0 is off", parse=non_negative_int)
-    top_p: float = flag(
-        1.0, "sample from the likeliest tokens that hold this share; 1 is off", parse=probability
-    )
+    top_p: float = flag(1.0, "sample from the likeliest tokens that hold this share; 1 is off")
 
     def __post_init__(self):
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature is a finite number >= 0, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"--top-p is a share above 0 and at most 1, got {self.top_p}")
         if not self.temperature and (self.top_k or self.top_p < 1.0):
             raise ValueError("--top-k and --top-p choose among samples: give --temperature too")
 
@@ -335,12 +276,10 @@ class ComparisonFlags:
 class BenchmarkFlags:
     """benchmark"""
 
-    modes: tuple[str, ...] = flag(MODES[:3], "to measure", parse=names_from(*MODES), often=True)
+    modes: tuple[str, ...] = flag(MODES[:3], "to measure", parse=mode_names, often=True)
     repeats: int = flag(2, "processes per mode", parse=positive_int, often=True)
     sweep_prompt_lengths: tuple[int, ...] = flag(
-        (),
-        "also measure each mode at these prompt lengths in tokens, like 8,128,512",
-        parse=positive_ints,
+        (), "also measure at these prompt lengths in tokens, like 8,128,512", parse=positive_ints
     )
 
 

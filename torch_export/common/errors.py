@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 INTERRUPTED = 130
-INTERRUPT_AGAIN_SECONDS = 5.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -23,33 +22,23 @@ class ScriptError(Exception):
     status = 1
 
 
-class UsageError(ScriptError):
-    """The flags or the prompt ask for something that cannot be done."""
-
+class UsageError(ScriptError):  # the flags or the prompt ask for something that cannot be done
     status = 2
 
 
-class ArtifactDamagedError(ScriptError):
-    """The artifact or its metadata is missing, half-written or damaged."""
-
+class ArtifactDamagedError(ScriptError):  # it or its metadata is missing, half-written or damaged
     status = 3
 
 
-class ArtifactMismatchError(ScriptError):
-    """The artifact is whole, but was built for something else."""
-
+class ArtifactMismatchError(ScriptError):  # it is whole, but was built for something else
     status = 4
 
 
-class EnvironmentProblemError(ScriptError):
-    """The machine lacks something: a GPU, disk, memory, access to a gated model."""
-
+class EnvironmentProblemError(ScriptError):  # no GPU, disk, memory, access to a gated model
     status = 5
 
 
-class ArtifactUntrustedError(ScriptError):
-    """The artifact is code from somebody that this user has not agreed to run."""
-
+class ArtifactUntrustedError(ScriptError):  # code that this user has not agreed to run
     status = 6
 
 
@@ -59,17 +48,19 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise _as_script_error(error, path) from error
+        full = error.errno in _NO_SPACE
+        advice = "make room" if full else "choose a place that you can write to"
         raise EnvironmentProblemError(
-            f"cannot write {path} ({error.strerror or error}): choose a place that you can write to"
+            f"cannot write {path} ({error.strerror or error}): {advice}"
         ) from error
 
 
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run `main(argv)` and exit: 0 when it returns, else its failure's status and one line."""
     argv = sys.argv[1:] if argv is None else argv
-    _open_closed_streams()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
     # SIGTERM unwinds like Ctrl-C, so that temporary folders and half-written files are removed
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -77,23 +68,27 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     try:
         main(argv)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:  # the boundary of the process
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _fail(INTERRUPTED, "interrupted", argv)
-    except BrokenPipeError as error:
-        if not (_reader_has_gone(sys.stdout) or _reader_has_gone(sys.stderr)):
-            _fail(1, f"a process that this one works with has ended: {error}", argv)
-        _drop_unwritten_output()  # `| head` is no failure
-    except Exception as error:  # the boundary of the process
-        known = _as_script_error(error)
-        _fail(known.status, str(known), argv)
+        status, broken_pipe = 0, isinstance(error, BrokenPipeError)
+        if not (broken_pipe and any(map(_reader_has_gone, (sys.stdout, sys.stderr)))):
+            if "--debug" in argv:
+                traceback.print_exc()
+            status, line = _status_and_line(error)
+            print(f"error: {line}", file=sys.stderr)
+        # else `| head` has seen enough, which is no failure
+        try:
+            sys.stdout.flush()
+        except OSError:  # else it is tried again at exit, whose status would be 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(status)
 
 
-def _open_closed_streams() -> None:
-    """Give a process started with `>&-` somewhere to write to."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
+def _raise_interrupt(signum: int, frame: object) -> None:
+    # An import or a destructor that it hits may swallow it, and the build would go on for minutes:
+    # seen on torch 2.13. So it comes again, in 5 s: later than any clean-up takes.
+    signal.setitimer(signal.ITIMER_REAL, 5.0)
+    raise KeyboardInterrupt
 
 
 def _reader_has_gone(stream: TextIO) -> bool:
@@ -102,53 +97,25 @@ def _reader_has_gone(stream: TextIO) -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _drop_unwritten_output() -> None:
-    """What cannot be written must not be tried again at exit: the status would be 120."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _raise_interrupt(signum: int, frame: object) -> None:
-    # An import or a destructor that it hits may swallow it, and the build would go on for minutes:
-    # seen on torch 2.13. So it comes again, later than any clean-up takes.
-    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AGAIN_SECONDS)
-    raise KeyboardInterrupt
-
-
-def _as_script_error(error: Exception, place: object = None) -> ScriptError:
-    """Return the error as one line with a status; `place` is what was being written."""
-    if isinstance(error, ScriptError):
-        return error
-    number = error.errno if isinstance(error, OSError) else None
-    place = place or getattr(error, "filename", None) or "a file"
+def _status_and_line(error: BaseException) -> tuple[int, str]:
+    lacking = EnvironmentProblemError.status
     text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, ScriptError):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 1, f"a process that this one works with has ended: {text}"
     # compilers and extensions wrap what the system told them in errors of their own, and torch,
     # which is not imported here, names its out-of-memory error like this
-    if number in _NO_SPACE or any(os.strerror(one) in str(error) for one in _NO_SPACE):
-        return EnvironmentProblemError(
-            f"no space left to write {place}: {text}: make room or choose another path"
-        )
-    if number in _NOT_PERMITTED:
-        return EnvironmentProblemError(f"not permitted: {place}: {os.strerror(number)}")
+    if any(os.strerror(number) in str(error) for number in _NO_SPACE):
+        return lacking, f"no space left: {text}: make room or choose another path"
+    if isinstance(error, OSError) and error.errno in _NOT_PERMITTED:
+        return lacking, f"not permitted: {text}"
     if type(error).__name__ == "OutOfMemoryError":
-        return EnvironmentProblemError(f"out of device memory: {text}")
+        return lacking, f"out of device memory: {text}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return EnvironmentProblemError(
-            f"out of host memory, {_free_memory()} are free ({text}): "
-            "use a smaller model or --dtype bfloat16"
-        )
-    return ScriptError(f"{type(error).__name__}: {text} (--debug shows where)")
-
-
-def _free_memory() -> str:
-    return f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
-
-
-def _fail(status: int, message: str, argv: Sequence[str]) -> None:
-    if "--debug" in argv:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    _drop_unwritten_output()
-    sys.exit(status)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        advice = "use a smaller model or --dtype bfloat16"
+        return lacking, f"out of host memory, {free:.1f} GB are free ({text}): {advice}"
+    return 1, f"{type(error).__name__}: {text} (--debug shows where)"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script of its own
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script of its own
 
 from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
 from common.errors import run_script
@@ -28,39 +28,36 @@ if TYPE_CHECKING:
 
 # bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
-_COPIES = 7
 
 
 def main(argv: Sequence[str]) -> None:
     (shared,) = parse_flags(__doc__, (SharedFlags,), argv)
     console = Console(shared.quiet)
-    document = run(shared, console)
-    write_json(document, shared.json)
-    seconds = document["metrics"]["ttft_cold_start_seconds"]
-    rate = document["bandwidth"]["copy_bytes_per_second"]
-    console.result(f"weights on the device after {seconds:.2f} s")
-    console.result(f"copy bandwidth: {rate / 1e9:.1f} GB/s (bytes read + written)")
-
-
-def run(shared: SharedFlags, console: Console) -> dict:
-    """Bring the bytes to the device, then measure its copy bandwidth; return the run's result."""
     stages = Stages(process_start())
     open_driver(shared.device)
     import torch
 
     from common.target import choose_target, synchronize
+    from common.weights import list_checkpoint, start_upload
 
     stages.close("imports")
     target = choose_target(shared, console)
     torch.empty(1, device=target.device)  # opens the device: CUDA makes its context here
     synchronize(target.device)
     stages.close("device")
-    brought_bytes = bring_weights(target.checkpoint.folder, target.device)
+    stored = list_checkpoint(target.checkpoint.folder)
+    if target.device.type == "cuda":
+        start_upload(stored, target.device).wait()
+    else:
+        for path in {tensor.path for tensor in stored.values()}:
+            path.read_bytes()
     stages.close("weights")
     there_seconds = stages.elapsed()
     rates = copy_rates(target.device)
+    rate = statistics.median(rates)
+    checkpoint_bytes = sum(tensor.nbytes for tensor in stored.values())
     metrics = run_metrics([], there_seconds, stages.elapsed())
-    return {
+    document = {
         "schema": SCHEMA,
         "kind": "run",
         "approach": FLOOR,
@@ -73,25 +70,15 @@ def run(shared: SharedFlags, console: Console) -> dict:
         "compile": {},
         "output": None,
         "bandwidth": {
-            "copy_bytes_per_second": statistics.median(rates),
+            "copy_bytes_per_second": rate,
             "copies_bytes_per_second": rates,
-            "checkpoint_bytes": brought_bytes,
-            "checkpoint_bytes_per_second": brought_bytes / stages.seconds["weights"],
+            "checkpoint_bytes": checkpoint_bytes,
+            "checkpoint_bytes_per_second": checkpoint_bytes / stages.seconds["weights"],
         },
     }
-
-
-def bring_weights(folder: Path, device: "torch.device") -> int:
-    """Bring the data of all safetensors files of `folder` to `device`; return its bytes."""
-    from common.weights import list_checkpoint, start_upload
-
-    stored = list_checkpoint(folder)
-    if device.type == "cuda":
-        start_upload(stored, device).wait()
-    else:
-        for path in {tensor.path for tensor in stored.values()}:
-            path.read_bytes()
-    return sum(tensor.nbytes for tensor in stored.values())
+    write_json(document, shared.json)
+    console.result(f"weights on the device after {there_seconds:.2f} s")
+    console.result(f"copy bandwidth: {rate / 1e9:.1f} GB/s (bytes read + written)")
 
 
 def copy_rates(device: "torch.device") -> list[float]:
@@ -103,17 +90,16 @@ def copy_rates(device: "torch.device") -> list[float]:
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     # one copy of 1 GiB takes a GPU half a millisecond: several between two reads of the clock
-    batch = 16 if device.type == "cuda" else 1
+    copies = 16 if device.type == "cuda" else 1
     rates = []
-    for turn in range(_COPIES + 2):
+    for _ in range(9):
         synchronize(device)
         began = time.perf_counter()
-        for _ in range(batch):
+        for _ in range(copies):
             target.copy_(source)
         synchronize(device)
-        if turn >= 2:  # the first ones warm up
-            rates.append(2 * source.numel() * batch / (time.perf_counter() - began))
-    return rates
+        rates.append(2 * source.numel() * copies / (time.perf_counter() - began))
+    return rates[2:]  # the first ones warm up
 
 
 if __name__ == "__main__":

@@ -19,10 +19,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure: `label` in tables, `key` in JSON, unit by the key's ending.
-
-    `brief`: benchmark shows it without --verbose.
-    """
+    """`label` in tables, `key` in JSON; `brief`: benchmark shows it without --verbose."""
 
     label: str
     key: str
@@ -30,9 +27,11 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        if self.key.endswith("_seconds"):
-            return "s"
-        return "tokens/s" if self.key.endswith(("_second", "_all")) else ""
+        return "s" if self.key.endswith("_seconds") else "tokens/s"
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({self.unit})"
 
 
 MEASURES = (
@@ -50,33 +49,37 @@ MEASURES = (
     Measure("gen_tps", "generation_tokens_per_second", brief=False),
 )
 
-# what compare puts side by side: name in its summary -> the measure
-COMPARED = {
-    "setup": "setup_seconds",
-    "generation": "generation_seconds",
-    "total": "total_script_seconds",
-    "gen_tps": "generation_tokens_per_second",
-}
-
-# compile evidence beside the seconds; the first two and the last are shown without --verbose
-BRIEF_COUNTERS = ("unique_graphs", "async_compile_miss", "kernels_compiled")
-COUNTERS = (
-    "unique_graphs",
-    "calls_captured",
-    "async_compile_miss",
-    "async_compile_hit",
-    "fxgraph_cache_hit",
-    "fxgraph_cache_miss",
-    "aot_autograd_cache_hit",
-    "aot_autograd_cache_miss",
-    "recompiles",
-    "cudagraph_skips",
-    "cudagraph_replays",
-    "kernels_compiled",
-    "kernels_tuned",
-    "helpers_built",
-    "compile_workers",
+# what compare puts side by side, in its own words
+COMPARED = (
+    Measure("setup", "setup_seconds"),
+    Measure("generation", "generation_seconds"),
+    Measure("total", "total_script_seconds"),
+    Measure("gen_tps", "generation_tokens_per_second", brief=False),
 )
+
+# Compile evidence: name in JSON -> (group, name) in torch._dynamo.utils.counters, the same on 2.9
+# to 2.13. What torch does not count, compile_counts does.
+COUNTERS = {
+    "unique_graphs": ("stats", "unique_graphs"),
+    "calls_captured": ("stats", "calls_captured"),
+    "async_compile_miss": ("inductor", "async_compile_cache_miss"),
+    "async_compile_hit": ("inductor", "async_compile_cache_hit"),
+    "fxgraph_cache_hit": ("inductor", "fxgraph_cache_hit"),
+    "fxgraph_cache_miss": ("inductor", "fxgraph_cache_miss"),
+    "fxgraph_cache_bypass": ("inductor", "fxgraph_cache_bypass"),
+    "aot_autograd_cache_hit": ("aot_autograd", "autograd_cache_hit"),
+    "aot_autograd_cache_miss": ("aot_autograd", "autograd_cache_miss"),
+    "aot_autograd_cache_bypass": ("aot_autograd", "autograd_cache_bypass"),
+    "recompiles": None,
+    "cudagraph_skips": ("inductor", "cudagraph_skips"),
+    "cudagraph_replays": None,
+    "kernels_compiled": None,
+    "kernels_tuned": None,
+    "helpers_built": None,
+    "compile_workers": None,
+}
+# compare shows these without --verbose
+BRIEF_COUNTERS = ("unique_graphs", "async_compile_miss", "kernels_compiled")
 
 
 def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds: float) -> dict:
@@ -84,25 +87,23 @@ def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds
 
     `setup_seconds` runs from process start to ready, `total_seconds` to the end of the process.
     """
-    generation = sum(request.seconds for request in requests)
-    tokens = sum(request.new_tokens for request in requests)
     first, tail = (requests[0] if requests else None), requests[1:]
+    generation, tail_seconds = (sum(one.seconds for one in some) for some in (requests, tail))
+    tokens, tail_tokens = (sum(one.new_tokens for one in some) for some in (requests, tail))
     ttft = first.ttft_seconds if first else None
     return {
         "ttft_cold_start_seconds": None if ttft is None else setup_seconds + ttft,
         "ttft_after_ready_seconds": ttft,
         "first_request_seconds": first.seconds if first else None,
-        "mean_seconds": _mean(request.seconds for request in requests),
-        "tail_mean_seconds": _mean(request.seconds for request in tail),
-        "tokens_per_second_all": _rate(tokens, generation),
-        "tail_tokens_per_second": _rate(
-            sum(request.new_tokens for request in tail), sum(request.seconds for request in tail)
-        ),
-        "end_to_end_tokens_per_second": _rate(tokens, total_seconds),
+        "mean_seconds": _quotient(generation, len(requests)),
+        "tail_mean_seconds": _quotient(tail_seconds, len(tail)),
+        "tokens_per_second_all": _quotient(tokens, generation),
+        "tail_tokens_per_second": _quotient(tail_tokens, tail_seconds),
+        "end_to_end_tokens_per_second": _quotient(tokens, total_seconds),
         "total_script_seconds": total_seconds,
         "setup_seconds": setup_seconds,
         "generation_seconds": generation if requests else None,
-        "generation_tokens_per_second": _rate(tokens, generation),
+        "generation_tokens_per_second": _quotient(tokens, generation),
     }
 
 
@@ -122,7 +123,11 @@ def decode_seconds_per_token(requests: Sequence[Request]) -> float | None:
         for request in (requests[1:] or requests)
         if request.ttft_seconds is not None and request.new_tokens > 1
     ]
-    return _mean(rates)
+    return _quotient(sum(rates), len(rates))
+
+
+def succeeded(trials: Iterable[dict], mode: str) -> list[dict]:
+    return [trial for trial in trials if trial["mode"] == mode and trial["ok"]]
 
 
 def summarize(values: Iterable[float | None]) -> dict | None:
@@ -130,55 +135,37 @@ def summarize(values: Iterable[float | None]) -> dict | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return {
-        "mean": sum(known) / len(known),
-        "min": min(known),
-        "max": max(known),
-        "n": len(known),
-    }
+    return {"mean": sum(known) / len(known), "min": min(known), "max": max(known), "n": len(known)}
 
 
 def ratio(above: dict | None, below: dict | None) -> float | None:
     """Return how many times larger one mean is than another; unknown is None."""
-    if above is None or below is None or not below["mean"]:
-        return None
-    return above["mean"] / below["mean"]
+    return _quotient(above["mean"], below["mean"]) if above and below else None
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def _rate(tokens: int, seconds: float) -> float | None:
-    return tokens / seconds if tokens and seconds else None
+def _quotient(above: float, below: float) -> float | None:
+    # nothing was generated, or nothing clocked: unknown, not 0 and not infinity
+    return above / below if above and below else None
 
 
 # --- stages ----------------------------------------------------------------------------------
 
-
-# set by a parent that measures: seconds of the monotonic clock, which all processes of one
-# machine share, read just before the spawn
+# set by a measuring parent just before the spawn: seconds of the clock that all processes share
 START_VARIABLE = "LLAMA_START_MONOTONIC"
 
 
 def process_start() -> float:
     """Return when this process began, in seconds of `time.monotonic()`, interpreter included.
 
-    Taken from the measuring parent if there is one. Otherwise from the kernel, whose clock ticks
-    are 10 ms; a shell wrapper that `exec`s us counts too, since it is the same process.
+    Without a measuring parent it is the kernel's word, in ticks of 10 ms; a shell wrapper that
+    `exec`s us counts too, since it is the same process.
     """
-    stamp = os.environ.get(START_VARIABLE)
-    if stamp is not None:
-        return float(stamp)
-    stat = Path("/proc/self/stat")
-    if not stat.exists():  # not Linux: the best left is the moment of this import
-        return _IMPORTED
+    if START_VARIABLE in os.environ:
+        return float(os.environ[START_VARIABLE])
     # field 22 counts from the boot; the name in field 2 may hold spaces, so cut after its bracket
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-    age = since_boot - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - age
+    return time.monotonic() - (since_boot - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 class Stages:
@@ -193,19 +180,15 @@ class Stages:
         self.hidden: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        with _timed(self.seconds, name):
-            yield
-
-    @contextmanager
-    def behind(self, name: str) -> Iterator[None]:
-        with _timed(self.hidden, name):
-            yield
+    def stage(self, name: str, hidden: bool = False) -> Iterator[None]:
+        seconds, began = self.hidden if hidden else self.seconds, time.monotonic()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
 
     def close(self, name: str) -> None:
         """Book everything since the start that no stage has claimed yet under `name`."""
-        claimed = sum(self.seconds.values())
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed() - claimed
+        rest = self.elapsed() - sum(self.seconds.values())
+        self.seconds[name] = self.seconds.get(name, 0.0) + rest
 
     def split(self, name: str, part: str, seconds: float) -> None:
         """Book `seconds` of the stage `name` as a stage `part` of its own, right before it."""
@@ -214,15 +197,3 @@ class Stages:
 
     def elapsed(self) -> float:
         return time.monotonic() - self.start
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
-
-
-_IMPORTED = time.monotonic()

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,39 +38,34 @@ def serve_requests(
 ) -> list[Served]:
     """Serve one prompt after another, streaming what `printer` shows; close the stages."""
 
-    def serve(numbers: Iterable[int]) -> list[Served]:
-        return [_serve(generate, prompts[n], target, printer.of_request(n)) for n in numbers]
+    def serve(number: int) -> Served:
+        show = printer.of_request(number)
+        first: list[float] = []
+
+        def on_token(token_id: int) -> None:
+            if not first:
+                first.append(time.monotonic())
+            show(token_id)
+
+        synchronize(target.device)
+        began = time.monotonic()
+        token_ids = generate(prompts[number], on_token)
+        synchronize(target.device)
+        seconds = time.monotonic() - began
+        show(None)  # the end
+        ttft = first[0] - began if first else None
+        return Served(Request(seconds, ttft, len(token_ids)), prompts[number], token_ids)
 
     count = len(prompts)
     shown = count if printer.shows_all else 1
-    served = serve(range(shown))
+    served = [serve(number) for number in range(shown)]
     # a bar for those that show nothing else
     with console.bar(range(shown, count), "generate", "request") as rest:
-        served += serve(rest)
+        served += [serve(number) for number in rest]
     stages.close("decode")
     # request 1 up to its first token is prefill; all the rest of generation stays decode
     stages.split("decode", "prefill", served[0].request.ttft_seconds or 0.0)
     return served
-
-
-def _serve(
-    generate: Generate, prompt: list[int], target: Target, show: Callable[[int | None], None]
-) -> Served:
-    first: list[float] = []
-
-    def on_token(token_id: int) -> None:
-        if not first:
-            first.append(time.monotonic())
-        show(token_id)
-
-    synchronize(target.device)
-    began = time.monotonic()
-    token_ids = generate(prompt, on_token)
-    synchronize(target.device)
-    seconds = time.monotonic() - began
-    show(None)  # the end
-    ttft = first[0] - began if first else None
-    return Served(Request(seconds, ttft, len(token_ids)), prompt, token_ids)
 
 
 class TokenStreamer:
@@ -136,96 +132,62 @@ def run_document(
 def _decode_rates(target: Target, served: Sequence[Served]) -> dict[str, float | None]:
     """Return what one token of the decode took, and the bytes that it must read at least.
 
-    K and V count as far as slots are filled: prompt and half of the new tokens, on average. Slots
-    that are allocated and masked do not, nor does padding.
+    That is every weight once, except the embedding table, of which one row is looked up (a tied
+    one is read whole as the output layer), and K and V of the slots that are filled on average:
+    the prompt's and half of the new tokens', but neither masked ones nor padding. The bytes are
+    None where the folder holds the configuration only, because the artifact brings the weights.
     """
+    checkpoint, needed = target.checkpoint, None
+    with suppress(FileNotFoundError):
+        stored = list_checkpoint(checkpoint.folder)
+        tied = checkpoint.config.get("tie_word_embeddings", False)
+        unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
+        weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
+        slot = checkpoint.config["num_hidden_layers"] * checkpoint.kv_heads * checkpoint.head_dim
+        slots = len(served[0].prompt_ids) + served[0].request.new_tokens / 2
+        needed = (weights + slots * 2 * slot) * target.dtype.itemsize
     seconds = decode_seconds_per_token([one.request for one in served])
-    filled_slots = len(served[0].prompt_ids) + served[0].request.new_tokens / 2
-    needed = bytes_per_token(target, filled_slots)
+    rate = needed / seconds if needed and seconds else None
     peak = device_bandwidth(target.device)
     return {
         "seconds_per_token": seconds,
         "tokens_per_second": 1 / seconds if seconds else None,
         "bytes_per_token": needed,
-        "bytes_per_second": needed / seconds if needed and seconds else None,
+        "bytes_per_second": rate,
         "device_bytes_per_second": peak,
-        "bandwidth_share": needed / seconds / peak if needed and seconds and peak else None,
+        "bandwidth_share": rate / peak if rate and peak else None,
     }
-
-
-def bytes_per_token(target: Target, filled_slots: float) -> float | None:
-    """Return the bytes that decoding one token must read at least, at batch size 1.
-
-    Every weight once, except the embedding table, of which one row is looked up (a tied one is
-    read whole as the output layer), and K and V of the filled slots. None where the folder holds
-    the configuration only, because the artifact brings the weights.
-    """
-    try:
-        stored = list_checkpoint(target.checkpoint.folder)
-    except FileNotFoundError:
-        return None
-    config = target.checkpoint.config
-    tied = config.get("tie_word_embeddings", False)
-    unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
-    weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    slot = 2 * config["num_hidden_layers"] * kv_heads * head_dim  # K and V
-    return (weights + filled_slots * slot) * target.dtype.itemsize
 
 
 def print_run(document: dict, console: Console) -> None:
     """Say how the run went in at most three lines on stderr; --verbose adds every measure."""
-    for line in summary_lines(document):
-        console.say(line)
-    if console.verbose:
-        console.say(run_table(document))
-
-
-def summary_lines(document: dict) -> list[str]:
     metrics, stages, counts = document["metrics"], document["stages"], document["compile"]
-    artifact = document.get("artifact")
-    done = [
-        f"{counts[name]} {text}"
-        for name, text in (
-            ("unique_graphs", "graphs traced"),
-            ("kernels_compiled", "kernels compiled"),
-            ("kernels_tuned", "kernels tuned"),
-        )
-        if counts.get(name) is not None
-    ]
+    artifact, speed = document.get("artifact"), document["decode"]
     what = f"loaded {artifact['name']}" if artifact else f"mode {document['mode']}"
-    lines = [": ".join([what, ", ".join(done)] if done else [what])]
-    largest = sorted(stages, key=stages.__getitem__, reverse=True)
-    parts = [f"{name} {stages[name]:.2f}" for name in largest if name != "decode"][:3]
-    lines.append(
-        f"ready after {metrics['setup_seconds']:.2f} s, first token after "
-        f"{number(metrics['ttft_cold_start_seconds'], 2)} s ({', '.join(parts)})"
-    )
-    speed = document["decode"]
+    named = {
+        "unique_graphs": "graphs traced",
+        "kernels_compiled": "kernels compiled",
+        "kernels_tuned": "kernels tuned",
+    }
+    done = [f"{counts[name]} {named[name]}" for name in named if counts.get(name) is not None]
+    console.say(f"{what}: {', '.join(done)}")
+    largest = sorted(stages.keys() - {"decode"}, key=stages.__getitem__, reverse=True)[:3]
+    parts = ", ".join(f"{name} {stages[name]:.2f}" for name in largest)
+    first_token = number(metrics["ttft_cold_start_seconds"], 2)
+    ready = f"ready after {metrics['setup_seconds']:.2f} s"
+    console.say(f"{ready}, first token after {first_token} s ({parts})")
     if speed["seconds_per_token"]:
         text = f"decode {speed['tokens_per_second']:.1f} tokens/s"
         if speed["bytes_per_second"]:
             text += f", {speed['bytes_per_second'] / 1e9:.1f} GB/s"
         if speed["bandwidth_share"]:
             text += f" ({speed['bandwidth_share']:.0%} of the GPU's bandwidth)"
-        lines.append(text)
-    return lines
-
-
-def run_table(document: dict) -> str:
-    """Return a run's measures, stages and compile evidence as two columns."""
-    metrics = document["metrics"]
-    rows = [
-        [one.label, f"{number(metrics[one.key])} {one.unit}"]
-        for one in MEASURES
-        if metrics[one.key] is not None
-    ]
-    rows += [[f"stage: {name}", f"{value:.3f} s"] for name, value in document["stages"].items()]
-    rows += [
-        [f"behind them: {name}", f"{value:.3f} s"]
-        for name, value in document.get("hidden_stages", {}).items()
-    ]
-    rows += [[name, number(value)] for name, value in document["compile"].items()]
-    return markdown_table(["measure", "value"], rows)
+        console.say(text)
+    if console.verbose:
+        known = [one for one in MEASURES if metrics[one.key] is not None]
+        rows = [[one.label, f"{number(metrics[one.key])} {one.unit}"] for one in known]
+        rows += [[f"stage: {name}", f"{seconds:.3f} s"] for name, seconds in stages.items()]
+        hidden = document["hidden_stages"].items()
+        rows += [[f"behind them: {name}", f"{seconds:.3f} s"] for name, seconds in hidden]
+        rows += [[name, number(count)] for name, count in counts.items()]
+        console.say(markdown_table(["measure", "value"], rows))

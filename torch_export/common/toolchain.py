@@ -17,8 +17,8 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,34 +28,11 @@ from common.errors import EnvironmentProblemError
 if TYPE_CHECKING:
     import torch
 
-
-CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
-MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A compiler as torch or Triton looks for it: what the variable names, else the first found."""
-
-    language: str  # as messages call it
-    suffix: str
-    variable: str
-    names: tuple[str, ...]
-    package: str  # for apt-get
-
-    def path(self) -> str:
-        wanted = [os.environ[self.variable]] if os.environ.get(self.variable) else self.names
-        found = next(filter(None, map(shutil.which, wanted)), None)
-        if found is None:
-            raise EnvironmentProblemError(
-                f"no {self.language} compiler: {' or '.join(wanted)} is not on PATH; install one "
-                f"(apt-get install {self.package}) or name it in {self.variable}"
-            )
-        return found
-
-
-C = Compiler("C", ".c", "CC", ("gcc", "clang"), "gcc")
-CXX = Compiler("C++", ".cpp", "CXX", ("g++",), "g++")
+# variable in which a user may name a compiler -> what torch or Triton take otherwise: the first one
+# that is there; the first is also its package for apt-get
+_COMPILERS = {"CC": ("gcc", "clang"), "CXX": ("g++",)}
+_CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
+_MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
 
 
 def prepare_toolchain(device: "torch.device", host_code: bool, console: Console) -> None:
@@ -66,27 +43,36 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
     """
     python = ["-I", sysconfig.get_path("include")]
     if device.type == "cpu":
-        check_compiles(CXX, ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
+        check_compiles("CXX", ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
         check_openssl()
     else:
         home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         driver = ["-L", str(home / "lib64"), "-lcuda"]
-        check_compiles(C, ("Python.h",), [*python, *driver])  # Triton's launcher
+        check_compiles("CC", ("Python.h",), [*python, *driver])  # Triton's launcher
         if host_code:
-            check_compiles(CXX, CUDA_HEADERS, ["-I", str(home / "include"), *driver])
+            check_compiles("CXX", _CUDA_HEADERS, ["-I", str(home / "include"), *driver])
             check_openssl()
-        use_cuda_home(home)
-    show_tuning_as_progress(console)
+        # where Triton looks, and torch's extension builder for Inductor
+        os.environ.setdefault("TRITON_LIBCUDA_PATH", str(home / "lib64"))
+        os.environ["CUDA_HOME"] = str(home)
+        if builder := sys.modules.get("torch.utils.cpp_extension"):
+            builder.CUDA_HOME = str(home)  # it reads the environment once, on import
+    _show_tuning_as_progress(console)
 
 
-# ---- one compile ---------------------------------------------------------------------------
-
-
-def check_compiles(compiler: Compiler, headers: Sequence[str], flags: Sequence[str]) -> None:
+def check_compiles(variable: str, headers: Sequence[str], flags: Sequence[str]) -> None:
     """Compile and link a file that includes `headers`; raise with the cure when that fails."""
-    command = compiler.path()
+    language, suffix = ("C", ".c") if variable == "CC" else ("C++", ".cpp")
+    named = os.environ.get(variable)
+    wanted = (named,) if named else _COMPILERS[variable]
+    command = next(filter(None, map(shutil.which, wanted)), None)
+    if command is None:
+        raise EnvironmentProblemError(
+            f"no {language} compiler: {' or '.join(wanted)} is not on PATH; install one "
+            f"(apt-get install {_COMPILERS[variable][0]}) or name it in {variable}"
+        )
     with tempfile.TemporaryDirectory(prefix="llama-toolchain-") as folder:
-        source = Path(folder, f"probe{compiler.suffix}")
+        source = Path(folder, f"probe{suffix}")
         source.write_text("".join(f"#include <{header}>\n" for header in headers))
         ended = subprocess.run(
             [command, str(source), "-shared", "-fPIC", "-o", f"{folder}/probe.so", *flags],
@@ -94,8 +80,34 @@ def check_compiles(compiler: Compiler, headers: Sequence[str], flags: Sequence[s
             text=True,
             env=os.environ | {"LC_ALL": "C"},  # the answer is read below
         )
-    if ended.returncode:
-        raise EnvironmentProblemError(describe_failure(command, ended.stderr))
+    if ended.returncode == 0:
+        return
+    if missing := _MISSING_HEADER.search(ended.stderr):
+        reason = f"{missing[1]} is missing, which this build compiles with: {_cure(missing[1])}"
+    else:
+        lines = ended.stderr.splitlines()
+        told = [line.strip() for line in lines if "error" in line or "cannot find" in line]
+        reason = f"{command} cannot compile for this build: {told[0] if told else 'no message'}"
+    raise EnvironmentProblemError(reason)
+
+
+def _cure(header: str) -> str:
+    """Return what to do about a header that is missing."""
+    if header == "Python.h":
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"install the headers of {sys.executable} (apt-get install python{version}-dev), or "
+            "use a Python that brings them (uv, conda, pyenv)"
+        )
+    if header in ("vector", "omp.h"):
+        return "install the compiler's own libraries (apt-get install g++)"
+    import torch
+
+    # the wheel that has it, for this torch's CUDA
+    wheel = "cccl" if header.startswith("nv/") else "runtime"
+    major, minor = torch.version.cuda.split(".")[:2]
+    suffix = f"-cu{major}" if major == "12" else ""  # from CUDA 13 on the names have none
+    return f"{sys.executable} -m pip install 'nvidia-cuda-{wheel}{suffix}=={major}.{minor}.*'"
 
 
 def check_openssl() -> None:
@@ -109,75 +121,32 @@ def check_openssl() -> None:
         )
 
 
-def describe_failure(command: str, stderr: str) -> str:
-    """Return one line: what the compiler missed, and how to install it."""
-    missing = MISSING_HEADER.search(stderr)
-    if missing is None:
-        lines = [line for line in stderr.splitlines() if "error" in line or "cannot find" in line]
-        reason = lines[0] if lines else "no message"
-        return f"{command} cannot compile for this build: {reason.strip()}"
-    header = missing[1]
-    return f"{header} is missing, which this build compiles with: {cure_of(header)}"
-
-
-def cure_of(header: str) -> str:
-    if header == "Python.h":
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return (
-            f"install the headers of {sys.executable} (apt-get install python{version}-dev), or "
-            "use a Python that brings them (uv, conda, pyenv)"
-        )
-    if header in ("vector", "omp.h"):
-        return f"install the compiler's own libraries (apt-get install {CXX.package})"
-    return f"{sys.executable} -m pip install '{wheel_with(header)}'"
-
-
-def wheel_with(header: str) -> str:
-    """Return the pip requirement of the wheel that has a CUDA header, for this torch's CUDA."""
-    import torch
-
-    wheel = "cccl" if header.startswith("nv/") else "runtime"
-    major, minor = torch.version.cuda.split(".")[:2]
-    suffix = f"-cu{major}" if major == "12" else ""  # from CUDA 13 on the names have none
-    return f"nvidia-cuda-{wheel}{suffix}=={major}.{minor}.*"
-
-
-# ---- CUDA's headers and driver ---------------------------------------------------------------
-
-
 def assemble_cuda_home(parent: Path) -> Path:
     """Return a new folder with `include` and `lib64`: links to headers and driver found here.
 
     The wheels that torch brings come before a toolkit in the usual place, which may be of another
     CUDA version; a CUDA_HOME that the user set comes before both.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    home = Path(tempfile.mkdtemp(prefix="cuda-home-", dir=parent))
-    include, libraries = home / "include", home / "lib64"
-    include.mkdir()
-    libraries.mkdir()
-    for folder in header_folders():
-        for entry in folder.iterdir() if folder.is_dir() else ():
-            link = include / entry.name
-            if not link.is_symlink():
-                link.symlink_to(entry)
-    driver = driver_library()
-    if driver is not None:
-        (libraries / "libcuda.so").symlink_to(driver)
-    return home
-
-
-def header_folders() -> Iterator[Path]:
-    """Yield where CUDA's headers may be, best first. From CUDA 13 on some are in include/cccl."""
     import torch
 
+    parent.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="cuda-home-", dir=parent))
+    (home / "include").mkdir()
+    (home / "lib64").mkdir()
     packages = Path(torch.__file__).parent.parent
     set_by_user = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    homes = [Path(set_by_user)] if set_by_user else []
-    homes += [*sorted(packages.glob("nvidia/*")), packages / "triton/backends/nvidia"]
-    for home in [*homes, Path("/usr/local/cuda")]:
-        yield home / "include"
-        yield home / "include/cccl"
+    places = [Path(set_by_user)] if set_by_user else []
+    places += [*sorted(packages.glob("nvidia/*")), packages / "triton/backends/nvidia"]
+    for place in (*places, Path("/usr/local/cuda")):
+        for folder in (place / "include", place / "include/cccl"):  # from CUDA 13 on some are there
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                link = home / "include" / entry.name
+                if not link.is_symlink():
+                    link.symlink_to(entry)
+    driver = driver_library()
+    if driver is not None:
+        (home / "lib64/libcuda.so").symlink_to(driver)
+    return home
 
 
 def driver_library() -> Path | None:
@@ -190,18 +159,7 @@ def driver_library() -> Path | None:
     return Path(found[0]) if found else None
 
 
-def use_cuda_home(home: Path) -> None:
-    """Have Triton, and torch's extension builder for Inductor, look for CUDA in `home`."""
-    os.environ.setdefault("TRITON_LIBCUDA_PATH", str(home / "lib64"))
-    os.environ["CUDA_HOME"] = str(home)
-    if builder := sys.modules.get("torch.utils.cpp_extension"):
-        builder.CUDA_HOME = str(home)  # it reads the environment once, on import
-
-
-# ---- tuning --------------------------------------------------------------------------------
-
-
-def show_tuning_as_progress(console: Console) -> None:
+def _show_tuning_as_progress(console: Console) -> None:
     """Have Inductor tell a line of each product it tuned, in place of its tables.
 
     The settings that turn the tables off are part of Inductor's cache key, and an artifact has to
@@ -219,25 +177,19 @@ def show_tuning_as_progress(console: Console) -> None:
     logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)
 
 
-# --- driver ----------------------------------------------------------------------------------
-
-
 def open_driver(device: str) -> None:
     """Start to make the context that torch will use, in a thread; `device` is the flag's word.
 
     Both take some tenths of a second and hold no lock of Python's. Without a driver, without a GPU
     or for the CPU nothing happens; a failure is left for torch to meet and to name.
     """
+
+    def make_context() -> None:
+        with suppress(OSError):  # no such library
+            driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+            # of the first visible GPU, torch's own choice; kept until the end, as torch keeps it
+            if driver.cuInit(0) == 0:
+                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+
     if device != "cpu":
-        threading.Thread(target=_make_context, daemon=True).start()
-
-
-def _make_context() -> None:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return
-    context = ctypes.c_void_p()
-    # of the first visible GPU, torch's own choice; kept until the process ends, as torch keeps it
-    if driver.cuInit(0) == 0:
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+        threading.Thread(target=make_context, daemon=True).start()

@@ -47,8 +47,8 @@ def private_compiler_caches() -> Iterator[None]:
     """
     # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
     with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
-        wanted = _places(folder)
-        added = {name: value for name, value in wanted.items() if name not in os.environ}
+        places = _places(folder)
+        added = {name: places[name] for name in places.keys() - os.environ.keys()}
         os.environ.update(added)
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
@@ -63,23 +63,27 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     """Run a script in a fresh process, with all its temporary files in one folder of its own."""
     with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
-        command = [sys.executable, *script_and_flags, "--quiet", f"--json={result}"]
+        start = time.monotonic()
         with log.open("wb") as stderr:
-            start = time.monotonic()
             process = subprocess.Popen(
-                command,
+                [sys.executable, *script_and_flags, "--quiet", f"--json={result}"],
                 env=os.environ | _places(folder) | {START_VARIABLE: repr(start)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,  # so that its compiler workers can be ended with it
             )
-            status, peak_bytes, timed_out = _wait(process)
-            wall_seconds = time.monotonic() - start
-        error = _describe_end(status, timed_out, peak_bytes, log.read_text("utf-8", "replace"))
+        peak_bytes = _wait(process)
+        wall_seconds = time.monotonic() - start
         document = json.loads(result.read_bytes()) if result.exists() else None
-        if error is None and document is None:
-            error = "ended with status 0 but wrote no result"
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        error = None
+        if wall_seconds > TIMEOUT_SECONDS:
+            error = f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
+        elif process.returncode or document is None:
+            error = _describe_end(
+                process.returncode, peak_bytes, lines[-1] if lines else "no message"
+            )
         return Outcome(wall_seconds, peak_bytes, document, error)
 
 
@@ -98,45 +102,36 @@ def _places(folder: str) -> dict[str, str]:
     return places
 
 
-def _wait(process: subprocess.Popen) -> tuple[int, int, bool]:
-    """Return exit status, peak resident bytes and whether the time ran out."""
-    timed_out = threading.Event()
+def _wait(process: subprocess.Popen) -> int:
+    """Wait until it ends, on a timeout or an interrupt by force; return its peak resident bytes."""
 
-    def stop() -> None:
-        timed_out.set()
-        _kill_group(process.pid)
+    def kill_group() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(TIMEOUT_SECONDS, stop)
+    timer = threading.Timer(TIMEOUT_SECONDS, kill_group)
     timer.start()
     try:
         # wait4, not Popen.wait: it also tells the memory of this one child
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        _kill_group(process.pid)
+        kill_group()
         raise
     finally:
         timer.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024, timed_out.is_set()
+    return usage.ru_maxrss * 1024
 
 
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _describe_end(status: int, timed_out: bool, peak_bytes: int, log: str) -> str | None:
-    if timed_out:
-        return f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
+def _describe_end(status: int, peak_bytes: int, last_line: str) -> str:
     if status == 0:
-        return None
-    last = next((line for line in reversed(log.splitlines()) if line.strip()), "no message")
+        return "ended with status 0 but wrote no result"
     if status > 0:
         how = "interrupted" if status == INTERRUPTED else f"exit status {status}"
-        return f"{how}: {last.removeprefix('error: ')}"
+        return f"{how}: {last_line.removeprefix('error: ')}"
     name = signal.Signals(-status).name
     advice = " (often the kernel, out of memory)" if name == "SIGKILL" else ""
     return (
         f"killed by {name}{advice}: it had used {peak_bytes / 1e9:.1f} GB of host memory; "
-        f"last line on stderr: {last}"
+        f"last line on stderr: {last_line}"
     )

@@ -12,7 +12,7 @@ from helpers import Finished, run_command
 from aotinductor.flags import PackageFileFlags
 from aotinductor.lengths import Plan, parse_bounds
 from aotinductor.loading import load_package
-from aotinductor.runtime_compile import EagerGenerator
+from aotinductor.serving import generate_eagerly
 from common.artifacts import TrustFlags
 from common.checkpoints import CONFIGS, resolve_checkpoint
 from common.cli import Console, SamplingFlags
@@ -59,7 +59,6 @@ class Pairing:
         loaded = load_package(pair, target, self.plan, TrustFlags(), False, 8, stages, QUIET)
         self._engine = loaded.engine
         self.model = load_model(target)
-        self._eager = EagerGenerator(self.model, 0, SamplingFlags(), seed=0)
         self.codec = load_codec(target.checkpoint.folder)
         self.weight_bytes = sum(
             one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
@@ -78,7 +77,10 @@ class Pairing:
         return self._engine.generate(prompt.token_ids, padded, *rest)
 
     def eager(self, prompt, on_token=None):
-        return self._eager.generate(prompt.token_ids, prompt.new_tokens, prompt.stop_ids, on_token)
+        return generate_eagerly(
+            self.model, prompt.token_ids, 0, prompt.new_tokens, prompt.stop_ids,
+            on_token or (lambda token: None), SamplingFlags(), 0,
+        )  # fmt: skip
 
 
 def timed(generate, prompt: Prompt) -> Request:

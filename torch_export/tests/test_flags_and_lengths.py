@@ -17,14 +17,7 @@ from aotinductor.flags import (
     RunSettings,
     ShapeFlags,
 )
-from aotinductor.lengths import (
-    Bounds,
-    Plan,
-    check_request,
-    make_bounds,
-    override,
-    parse_bounds,
-)
+from aotinductor.lengths import Bounds, Plan, make_bounds, override, parse_bounds
 from common.cli import (
     BenchmarkFlags,
     CompareFlags,
@@ -153,20 +146,20 @@ def test_bounds_survive_the_metadata(flags):
 def test_an_accepted_request_pads_to_lengths_the_graph_takes(flags, prompt, new, bucket_pad):
     bounds = make_bounds(flags)
     try:
-        check_request(bounds, prompt, new)
+        Plan(bounds, {}).check_request(prompt, new, bucket_pad)
     except UsageError:
         return
     for length in {prompt, prompt + new - 1}:
         padded = bounds.padded(length, bucket_pad)
         assert length <= padded <= bounds.max_seq_len
         assert padded % bounds.dynamic_seq_multiple == 0
-        assert padded >= bounds.min_padded
+        assert padded >= bounds.buckets[0]
 
 
 def test_the_published_bounds_pad_to_eights_and_to_powers_of_two():
     bounds = make_bounds(ShapeFlags())
     assert [bounds.padded(length) for length in (1, 8, 9, 2048)] == [8, 8, 16, 2048]
-    assert bounds.buckets == (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    assert bounds.buckets == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
     assert bounds.padded(129, bucket_pad=True) == 256
 
 
@@ -178,10 +171,10 @@ def test_the_published_bounds_pad_to_eights_and_to_powers_of_two():
     ],
 )
 def test_a_request_out_of_bounds_names_the_limit_and_the_rebuild(prompt, new, words):
-    bounds = make_bounds(ShapeFlags(min_seq_len=100))
+    plan = Plan(make_bounds(ShapeFlags(min_seq_len=100)), {})
     with pytest.raises(UsageError, match=re.escape(words)):
-        check_request(bounds, prompt, new)
-    check_request(bounds, 2040, 8)
+        plan.check_request(prompt, new, bucket_pad=False)
+    plan.check_request(2040, 8, bucket_pad=False)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +197,7 @@ def test_a_runtime_graph_takes_the_flags_given_and_builds_defaults():
         override(ExpectedShapeFlags(max_seq_len=60))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Bounds)])
+@pytest.mark.parametrize("name", [*(field.name for field in fields(Bounds)), "buckets"])
 @pytest.mark.parametrize("value", [None, "8", -8, 0, [], [[]], True, 8.0, 7])
 def test_a_recipe_with_other_lengths_is_damage(name, value):
     recipe = make_bounds(ShapeFlags()).as_json()

@@ -5,7 +5,8 @@ import platform
 import pytest
 import torch
 
-from aotinductor.host_code import COMMON_LEVEL, instruction_set, portable_host_code
+from aotinductor.compile_package import portable_host_code
+from aotinductor.package import COMMON_LEVEL, instruction_set
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 here = torch.backends.cpu.get_cpu_capability()

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aotinductor import kv_graphs
 from aotinductor.compile_package import compile_kv_package
 from aotinductor.flags import ShapeFlags
-from aotinductor.kv_cache import CacheShape, rope_table
-from aotinductor.kv_generation import Generator
+from aotinductor.kv_generation import CacheShape, Generator, rope_table
 from aotinductor.lengths import make_bounds
 from aotinductor.package import open_model
 from common.errors import UsageError

@@ -8,9 +8,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from aotinductor.kv_cache import CacheShape
-from aotinductor.kv_generation import Generator
-from aotinductor.sampling import make_sampler
+from aotinductor.kv_generation import CacheShape, Generator, make_sampler
 
 CPU = torch.device("cpu")
 DRAWS = 2000

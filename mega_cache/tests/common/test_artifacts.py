@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ from common.errors import (
     ArtifactMismatchError,
     ArtifactUntrustedError,
     EnvironmentProblemError,
+    ScriptError,
     UsageError,
 )
 from common.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
@@ -79,7 +82,9 @@ def write_build(pair: ArtifactPair, build: int) -> None:
         )
 
 
-def opened(pair: ArtifactPair, flags: TrustFlags | None = None) -> VerifiedArtifact:
+def opened(
+    pair: ArtifactPair, flags: TrustFlags | None = None
+) -> AbstractContextManager[VerifiedArtifact]:
     return open_verified(pair, "torch_export", flags or TrustFlags(), QUIET)
 
 
@@ -93,11 +98,17 @@ def read_build(pair: ArtifactPair) -> int:
     return build
 
 
-def damage(pair: ArtifactPair, flags: TrustFlags | None = None) -> str:
-    with pytest.raises(ArtifactDamagedError) as caught:
-        opened(pair, flags)
+def refusal(kind: type[ScriptError], pair: ArtifactPair, flags: TrustFlags | None = None) -> str:
+    """Return the one line with which a reader refuses the pair."""
+    with pytest.raises(kind) as caught, opened(pair, flags):
+        pass
     message = str(caught.value)
     assert "\n" not in message
+    return message
+
+
+def damage(pair: ArtifactPair, flags: TrustFlags | None = None) -> str:
+    message = refusal(ArtifactDamagedError, pair, flags)
     assert "./build.sh" in message
     return message
 
@@ -133,7 +144,6 @@ def test_folders_are_made_and_not_for_others_to_write(tmp_path):
     pair = ArtifactPair(tmp_path / "x" / "y" / "a.bin", tmp_path / "z" / "m.json")
     before = os.umask(0)
     try:
-        check_target(pair, 10)
         write_build(pair, 1)
     finally:
         os.umask(before)
@@ -174,8 +184,6 @@ def test_a_failing_build_leaves_the_old_pair_and_nothing_else(pair, error):
 
     with pytest.raises(error), building(pair, QUIET):
         write_pair(pair, produce, manifest_of)
-    with pytest.raises(ArtifactDamagedError, match="wrote nothing"):
-        write_pair(pair, lambda path: None, manifest_of)
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_pair(pair, lambda path: path.write_bytes(b"new") and None, lambda _: manifest_of(set))
     assert read_build(pair) == 1
@@ -187,12 +195,15 @@ def test_targets_that_cannot_be_written_are_refused_before_the_build(tmp_path):
     (tmp_path / "folder").mkdir()
     meta = tmp_path / "m.json"
     for bad in ("/proc/no/a.bin", tmp_path / "file" / "a.bin", tmp_path / "folder"):
-        with pytest.raises(EnvironmentProblemError) as caught:
-            check_target(ArtifactPair(Path(bad), meta), 1)
+        target = ArtifactPair(Path(bad), meta)
+        with pytest.raises(EnvironmentProblemError) as caught, building(target, QUIET):
+            pass
         assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="different paths"):
-        check_target(ArtifactPair(meta, meta), 1)
-    check_target(ArtifactPair(tmp_path / "a.bin", meta), 1)
+    same = ArtifactPair(meta, meta)
+    with pytest.raises(UsageError, match="different paths"), building(same, QUIET):
+        pass
+    with building(ArtifactPair(tmp_path / "a.bin", meta), QUIET):
+        check_target(ArtifactPair(tmp_path / "a.bin", meta), 1)
     assert names(tmp_path) == {"file", "folder"}
 
 
@@ -215,7 +226,7 @@ run_script(main)
     process = python(code, pair.path, pair.metadata_path, stderr=subprocess.PIPE)
     told = process.communicate()[1]
     assert process.returncode == 5, told
-    assert "no space left to write" in told
+    assert "no space left" in told
     assert told.count("\n") == 1
     assert read_build(pair) == 1
     assert names(pair.path.parent) == {"a.pt2", "a_meta.json"}
@@ -374,7 +385,7 @@ with building(pair, Console(quiet=False)):
     began = time.monotonic()
     print("building", flush=True)
     sys.stdin.readline()
-    write_build(pair, 5)
+    write_pair(pair, lambda path: path.write_bytes(content_of(5)), lambda one: manifest_of(one, 5))
     print(began, time.monotonic())
 """
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -466,8 +477,12 @@ def test_a_flipped_bit_anywhere_is_refused(pair, monkeypatch, block_bytes, place
 
 def test_the_other_approachs_artifact_is_a_mismatch(pair):
     write_build(pair, 1)
-    with pytest.raises(ArtifactMismatchError, match="is a torch_export artifact, expected one of"):
-        open_verified(pair, "mega_cache", TrustFlags(), QUIET)
+    message = "is a torch_export artifact, expected one of"
+    with (
+        pytest.raises(ArtifactMismatchError, match=message),
+        open_verified(pair, "mega_cache", TrustFlags(), QUIET),
+    ):
+        pass
 
 
 def test_a_rehearsals_artifact_is_for_rehearsals_only(pair, monkeypatch):
@@ -479,8 +494,8 @@ def test_a_rehearsals_artifact_is_for_rehearsals_only(pair, monkeypatch):
     )
     assert read_build(pair) == 0
     monkeypatch.delenv(REHEARSAL_VARIABLE)
-    with pytest.raises(ArtifactMismatchError, match="rehearsal: built with true, found none"):
-        opened(pair)
+    message = refusal(ArtifactMismatchError, pair)
+    assert "rehearsal: built with true, found none" in message
 
 
 def test_files_of_two_builds_are_refused(pair):
@@ -508,10 +523,10 @@ def test_what_is_no_regular_file_is_refused_without_a_hang(pair):
 def test_a_file_that_others_can_write_needs_consent_which_is_none_to_damage(pair, name):
     write_build(pair, 1)
     getattr(pair, name).chmod(0o666)
-    with pytest.raises(ArtifactUntrustedError):
-        opened(pair)
+    assert "or --trust-artifact" in refusal(ArtifactUntrustedError, pair)
     consent = TrustFlags(trust_artifact=True)
-    opened(pair, consent).file.close()
+    with opened(pair, consent):
+        pass
     pair.path.write_bytes(b"x")
     damage(pair, consent)
 
@@ -527,12 +542,12 @@ def test_a_pinned_metadata_file_admits_its_artifact_wherever_it_lies_and_no_othe
     write_build(pair, 1)
     right = TrustFlags(expect_sha256=hashlib.sha256(pair.metadata_path.read_bytes()).hexdigest())
     pair.path.parent.chmod(0o777)
-    opened(pair, right).file.close()
+    with opened(pair, right):
+        pass
     pair.path.write_bytes(content_of(2))
     damage(pair, right)
     write_build(pair, 2)
-    with pytest.raises(ArtifactUntrustedError, match="--expect-sha256 says"):
-        opened(pair, right)
+    assert "--expect-sha256 says" in refusal(ArtifactUntrustedError, pair, right)
 
 
 def test_bytes_changed_after_the_check_are_not_handed_out(pair):
@@ -551,7 +566,7 @@ def test_the_cost_of_verification_is_told_and_small(pair, capsys):
         with open_verified(pair, "torch_export", TrustFlags(), Console(False)) as verified:
             seconds.append(verified.verify_seconds)
     assert min(seconds) < 0.05
-    assert f"verified {pair.path}: 50.0 kB in " in capsys.readouterr().err
+    assert f"verified {pair.path}: 0.1 MB in " in capsys.readouterr().err
 
 
 # --- digest ----------------------------------------------------------------------------------
@@ -564,7 +579,7 @@ def test_the_digest_is_the_contents_or_that_of_its_blocks_digests(content):
         patch.setattr(artifacts, "_READ_BYTES", 24)
         file.write(content)
         file.flush()
-        found = content_digest(file.fileno(), len(content))
+        found = content_digest(len(content), partial(os.pread, file.fileno()))
     blocks = [hashlib.sha256(content[at : at + 64]) for at in range(0, len(content), 64)]
     whole = hashlib.sha256(b"".join(block.digest() for block in blocks))
     assert found == (blocks[0] if len(blocks) == 1 else whole).hexdigest()
@@ -583,4 +598,5 @@ def test_a_large_files_digest_is_what_the_documented_shell_command_prints(tmp_pa
         ["sh", "-c", documented.replace("FILE", str(path))], text=True
     )
     with open(path, "rb") as file:
-        assert content_digest(file.fileno(), path.stat().st_size) == printed.split()[0]
+        found = content_digest(path.stat().st_size, partial(os.pread, file.fileno()))
+    assert found == printed.split()[0]

@@ -1,13 +1,15 @@
 """compare and benchmark over real processes: what they print, keep and refuse."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 
-from common.cli import BenchmarkFlags, CompareFlags, ComparisonFlags, SharedFlags
-from common.compare import benchmark, compare
+from common.cli import BenchmarkFlags, CompareFlags, ComparisonFlags, PromptFlags, SharedFlags
+from common.compare import Subject, benchmark, compare
 from common.errors import ScriptError
 from common.measures import MEASURES
+from common.store import FetchFlags
 
 TRIAL = """
 import json, os, signal, sys
@@ -31,6 +33,13 @@ open(flags["json"], "w").write(json.dumps(result))
 """
 
 
+@dataclass(frozen=True)
+class Settings:
+    shared: SharedFlags
+    prompt: PromptFlags = PromptFlags()
+    store: FetchFlags = FetchFlags()
+
+
 @pytest.fixture
 def trial_script(tmp_path):
     script = tmp_path / "trial.py"
@@ -40,10 +49,9 @@ def trial_script(tmp_path):
 
 def run_compare(script, result, load, skip, **flags):
     modes = {"load": load, "skip": skip}
-    compare(
-        "any", script, ["--end=well", "--tokens=[1,2,3]"], modes, SharedFlags(json=result),
-        CompareFlags(compare_runs=1), ComparisonFlags(**flags), {},
-    )  # fmt: skip
+    words = ["--end=well", "--tokens=[1,2,3]", "--compare-runs=1"]
+    settings, comparing = Settings(SharedFlags(json=result)), CompareFlags(compare_runs=1)
+    compare(Subject("any", script, modes, words, settings, comparing, ComparisonFlags(**flags)))
 
 
 def test_equal_tokens_pass_and_the_table_tells_the_gain(trial_script, tmp_path, capsys):
@@ -85,11 +93,9 @@ def test_a_trial_that_dies_is_kept_and_fails_the_command(trial_script, tmp_path,
 
 def run_benchmark(script, result, words_of_modes, plot=None, **flags):
     words = ["--end=well", "--tokens=[1,2,3]"]
-    shared = SharedFlags(json=result, model_id="random:tiny", device="cpu")
-    benchmark(
-        "any", script, words, words_of_modes, shared, BenchmarkFlags(repeats=1, **flags),
-        ComparisonFlags(plot=plot), {},
-    )  # fmt: skip
+    settings = Settings(SharedFlags(json=result, model_id="random:tiny", device="cpu"))
+    measuring, results = BenchmarkFlags(repeats=1, **flags), ComparisonFlags(plot=plot)
+    benchmark(Subject("any", script, words_of_modes, words, settings, measuring, results))
     return json.loads(result.read_text())
 
 
@@ -120,11 +126,9 @@ def test_the_floor_is_what_starts_are_put_in_relation_to(trial_script, tmp_path,
     assert "x floor" in capsys.readouterr().out
 
 
-def test_a_picture_is_drawn_of_starts_latencies_and_sweep(trial_script, tmp_path):
+def test_a_picture_is_drawn_of_starts_and_latencies(trial_script, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("a.png", "a.svg"):
-        run_benchmark(
-            trial_script, tmp_path / "a.json", {"eager": []}, tmp_path / name,
-            modes=("eager",), sweep_prompt_lengths=(8,),
-        )  # fmt: skip
+        result = tmp_path / "a.json"
+        run_benchmark(trial_script, result, {"eager": []}, tmp_path / name, modes=("eager",))
         assert (tmp_path / name).stat().st_size > 5000

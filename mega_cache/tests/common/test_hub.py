@@ -80,7 +80,7 @@ def resolve(endpoint, home, model=MODEL, token=TOKEN, **environment):
     ("refusal", "status", "words"),
     [
         ("gated", 5, ("you are not in the list", "set HF_TOKEN", "--model-id random:3b")),
-        ("absent", 2, (f"the Hub has no model '{MODEL}'",)),
+        ("absent", 2, ("neither a folder here, nor a preset", "Repository Not Found")),
         ("bad token", 5, ("Invalid credentials", "--model-id random:tiny")),
         ("down", 5, ("could not be downloaded", "--model-id random:tiny")),
     ],

@@ -80,7 +80,7 @@ def test_a_result_file_names_no_place_of_this_machine(tmp_path):
 
 def test_stages_add_up_to_the_wall_time_without_what_hid_behind_them():
     stages = Stages(process_start())
-    with stages.stage("first"), stages.behind("other"):
+    with stages.stage("first"), stages.stage("other", hidden=True):
         sum(range(10**5))
     stages.close("rest")
     assert sum(stages.seconds.values()) == pytest.approx(stages.elapsed(), abs=0.01)
