@@ -22,17 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from common import artifacts, errors, manifest
 from common.artifacts import ArtifactPair, TrustFlags
 from common.cli import Console, flag
 from common.manifest import Difference, Manifest, describe, one_line
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-    Fits = Callable[[Manifest], list[Difference]]
+Fits = Callable[[Manifest], list[Difference]]
 
 _METADATA = "meta.json"
 _KINDS = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
@@ -90,7 +87,7 @@ def publish(pair: ArtifactPair, url: str | None, approach: str, console: Console
 
 
 @contextmanager
-def _whole(fs: "AbstractFileSystem", path: str) -> Iterator[str]:
+def _whole(fs: Any, path: str) -> Iterator[str]:
     """Yield where to write a file so that it is made or replaced whole or not at all.
 
     Object stores do that by themselves; a driver with a rename of its own has folders, where it
@@ -126,7 +123,7 @@ def _place_of(built: Manifest) -> str:
 
 
 def fetch(
-    pair: ArtifactPair, url: str | None, approach: str, fits: "Fits", trust: TrustFlags,
+    pair: ArtifactPair, url: str | None, approach: str, fits: Fits, trust: TrustFlags,
     console: Console,
 ) -> ArtifactPair:  # fmt: skip
     """Return the local copy of the store's newest artifact that fits; without a URL, `pair`.
@@ -180,7 +177,7 @@ def _parsed(contents: dict[str, bytes]) -> list[_Entry]:
 
 
 def _choose(
-    entries: list[_Entry], fits: "Fits", url: str, trust: TrustFlags, console: Console
+    entries: list[_Entry], fits: Fits, url: str, trust: TrustFlags, console: Console
 ) -> _Entry:
     """Return the newest that fits and may run; with none, list what there is and raise."""
     if not entries:
@@ -239,8 +236,8 @@ def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) ->
 
 
 @contextmanager
-def _store(url: str) -> Iterator[tuple["AbstractFileSystem", str]]:
-    """Yield the store's file system and its folder there; what a driver raises becomes one line."""
+def _store(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's driver and the folder for it; what a driver raises becomes one line."""
     try:
         # imported here: a start that pins a copy at hand does not pay for it
         import fsspec
