@@ -154,12 +154,12 @@ def _map_files(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[
         for path in {one.path for one in stored.values()}
     }
     views = {}
-    for one in stored.values():
+    for one in set(stored.values()):
         raw = torch.empty(0, dtype=torch.uint8).set_(files[one.path], one.begin, (one.nbytes,))
         if one.begin % one.dtype.itemsize:
             raw = raw.clone()  # writers align tensors, the format does not demand it
-        views[one] = raw.view(one.dtype).view(one.shape)
-    return {name: views[one].to(target_dtype(one, dtype)) for name, one in stored.items()}
+        views[one] = raw.view(one.dtype).view(one.shape).to(target_dtype(one, dtype))
+    return {name: views[one] for name, one in stored.items()}
 
 
 def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
