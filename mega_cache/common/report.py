@@ -265,11 +265,11 @@ def logit_errors(found, expected) -> dict[str, float]:
 
 def logits_table(document: dict) -> str:
     """Return mean and largest error of eager and of the artifact, a row per prompt length."""
-    columns = [(mode, of) for mode in ("eager", "load") for of in ("mean", "max")]
+    header = ["prompt tokens", "eager mean", "eager max", "load mean", "load max", "same choice"]
     rows = []
     for row in document["rows"]:
-        errors = [f"{row[mode][f'{of}_abs_error']:.2g}" for mode, of in columns]
-        same = f"{row['load']['same_top_token_share']:.0%}"
-        rows.append([str(row["prompt_length"]), *errors, same])
-    header = ["prompt tokens", *(f"{mode} {of}" for mode, of in columns), "same choice"]
+        eager, load = row["eager"], row["load"]
+        errors = [one[f"{of}_abs_error"] for one in (eager, load) for of in ("mean", "max")]
+        same = f"{load['same_top_token_share']:.0%}"
+        rows.append([row["prompt_length"], *(f"{error:.2g}" for error in errors), same])
     return markdown_table(header, rows)

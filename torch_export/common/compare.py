@@ -123,9 +123,9 @@ def _sweep(subject: Subject, commands: dict[str, list[str]]) -> list[dict]:
     ]
     entries = _run_trials(order, "sweep", subject.console)
     for entry in entries:
-        requests = [measures.Request(**one) for one in entry["requests"]] if entry["ok"] else []
-        entry["ttft_seconds"] = requests[-1].ttft_seconds if requests else None
-        entry["seconds_per_token"] = measures.decode_seconds_per_token(requests)
+        ok = entry["ok"]
+        entry["ttft_seconds"] = entry["requests"][-1]["ttft_seconds"] if ok else None
+        entry["seconds_per_token"] = entry["decode"]["seconds_per_token"] if ok else None
     return entries
 
 

@@ -13,7 +13,7 @@ class Request:
     """One request: seconds from its first work to its last token, and to its first."""
 
     seconds: float
-    ttft_seconds: float | None
+    ttft_seconds: float
     new_tokens: int
 
 
@@ -95,15 +95,15 @@ def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds
         "ttft_cold_start_seconds": None if ttft is None else setup_seconds + ttft,
         "ttft_after_ready_seconds": ttft,
         "first_request_seconds": first.seconds if first else None,
-        "mean_seconds": _quotient(generation, len(requests)),
-        "tail_mean_seconds": _quotient(tail_seconds, len(tail)),
-        "tokens_per_second_all": _quotient(tokens, generation),
-        "tail_tokens_per_second": _quotient(tail_tokens, tail_seconds),
-        "end_to_end_tokens_per_second": _quotient(tokens, total_seconds),
+        "mean_seconds": quotient(generation, len(requests)),
+        "tail_mean_seconds": quotient(tail_seconds, len(tail)),
+        "tokens_per_second_all": quotient(tokens, generation),
+        "tail_tokens_per_second": quotient(tail_tokens, tail_seconds),
+        "end_to_end_tokens_per_second": quotient(tokens, total_seconds),
         "total_script_seconds": total_seconds,
         "setup_seconds": setup_seconds,
         "generation_seconds": generation if requests else None,
-        "generation_tokens_per_second": _quotient(tokens, generation),
+        "generation_tokens_per_second": quotient(tokens, generation),
     }
 
 
@@ -121,9 +121,9 @@ def decode_seconds_per_token(requests: Sequence[Request]) -> float | None:
     rates = [
         (request.seconds - request.ttft_seconds) / (request.new_tokens - 1)
         for request in (requests[1:] or requests)
-        if request.ttft_seconds is not None and request.new_tokens > 1
+        if request.new_tokens > 1
     ]
-    return _quotient(sum(rates), len(rates))
+    return quotient(sum(rates), len(rates))
 
 
 def succeeded(trials: Iterable[dict], mode: str) -> list[dict]:
@@ -140,11 +140,11 @@ def summarize(values: Iterable[float | None]) -> dict | None:
 
 def ratio(above: dict | None, below: dict | None) -> float | None:
     """Return how many times larger one mean is than another; unknown is None."""
-    return _quotient(above["mean"], below["mean"]) if above and below else None
+    return quotient(above["mean"], below["mean"]) if above and below else None
 
 
-def _quotient(above: float, below: float) -> float | None:
-    # nothing was generated, or nothing clocked: unknown, not 0 and not infinity
+def quotient(above: float | None, below: float | None) -> float | None:
+    """Return above / below, None where nothing was generated or clocked: not 0, not infinity."""
     return above / below if above and below else None
 
 
@@ -189,11 +189,6 @@ class Stages:
         """Book everything since the start that no stage has claimed yet under `name`."""
         rest = self.elapsed() - sum(self.seconds.values())
         self.seconds[name] = self.seconds.get(name, 0.0) + rest
-
-    def split(self, name: str, part: str, seconds: float) -> None:
-        """Book `seconds` of the stage `name` as a stage `part` of its own, right before it."""
-        rest = self.seconds.pop(name) - seconds
-        self.seconds |= {part: seconds, name: rest}
 
     def elapsed(self) -> float:
         return time.monotonic() - self.start
