@@ -54,7 +54,7 @@ COMPARED = (
     Measure("setup", "setup_seconds"),
     Measure("generation", "generation_seconds"),
     Measure("total", "total_script_seconds"),
-    Measure("gen_tps", "generation_tokens_per_second", brief=False),
+    Measure("gen_tps", "generation_tokens_per_second"),
 )
 
 # Compile evidence: name in JSON -> (group, name) in torch._dynamo.utils.counters, the same on 2.9
@@ -78,8 +78,9 @@ COUNTERS = {
     "helpers_built": None,
     "compile_workers": None,
 }
-# compare shows these without --verbose
-BRIEF_COUNTERS = ("unique_graphs", "async_compile_miss", "kernels_compiled")
+# the rows of compare without --verbose
+_COUNTED = ("unique_graphs", "async_compile_miss", "kernels_compiled")
+COMPARED_BRIEFLY = ("setup", "generation", "total", *_COUNTED)
 
 
 def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds: float) -> dict:
@@ -90,10 +91,9 @@ def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds
     first, tail = (requests[0] if requests else None), requests[1:]
     generation, tail_seconds = (sum(one.seconds for one in some) for some in (requests, tail))
     tokens, tail_tokens = (sum(one.new_tokens for one in some) for some in (requests, tail))
-    ttft = first.ttft_seconds if first else None
     return {
-        "ttft_cold_start_seconds": None if ttft is None else setup_seconds + ttft,
-        "ttft_after_ready_seconds": ttft,
+        "ttft_cold_start_seconds": setup_seconds + first.ttft_seconds if first else None,
+        "ttft_after_ready_seconds": first.ttft_seconds if first else None,
         "first_request_seconds": first.seconds if first else None,
         "mean_seconds": quotient(generation, len(requests)),
         "tail_mean_seconds": quotient(tail_seconds, len(tail)),

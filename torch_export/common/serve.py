@@ -112,9 +112,7 @@ def _serve(
     return measures.Request(seconds, arrivals[0] - began, len(token_ids)), token_ids
 
 
-def _decode_rates(
-    target: Target, prompt_tokens: int, requests: Sequence[measures.Request]
-) -> dict[str, float | None]:
+def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dict:
     """Return what one token of the decode took, and the bytes that it must read at least.
 
     That is every weight once, except the embedding table, of which one row is looked up (a tied
@@ -147,20 +145,19 @@ def _decode_rates(
 def print_run(document: dict, console: Console) -> None:
     """Say how the run went in at most three lines on stderr; --verbose adds every measure."""
     metrics, stages, counts = document["metrics"], document["stages"], document["compile"]
-    artifact, speed = document.get("artifact"), document["decode"]
+    artifact, speed = document["artifact"], document["decode"]
     what = f"loaded {artifact['name']}" if artifact else f"mode {document['mode']}"
     named = {
         "unique_graphs": "graphs traced",
         "kernels_compiled": "kernels compiled",
         "kernels_tuned": "kernels tuned",
     }
-    done = [f"{counts[name]} {named[name]}" for name in named if counts.get(name) is not None]
+    done = [f"{counts[name]} {named[name]}" for name in named if counts[name] is not None]
     console.say(f"{what}: {', '.join(done)}")
     largest = sorted(stages.keys() - {"decode"}, key=stages.__getitem__, reverse=True)[:3]
     parts = ", ".join(f"{name} {stages[name]:.2f}" for name in largest)
-    first_token = number(metrics["ttft_cold_start_seconds"], 2)
-    ready = f"ready after {metrics['setup_seconds']:.2f} s"
-    console.say(f"{ready}, first token after {first_token} s ({parts})")
+    ready, first_token = metrics["setup_seconds"], metrics["ttft_cold_start_seconds"]
+    console.say(f"ready after {ready:.2f} s, first token after {first_token:.2f} s ({parts})")
     if speed["seconds_per_token"]:
         text = f"decode {speed['tokens_per_second']:.1f} tokens/s"
         if speed["bytes_per_second"]:
@@ -171,8 +168,7 @@ def print_run(document: dict, console: Console) -> None:
     if console.verbose:
         known = [one for one in measures.MEASURES if metrics[one.key] is not None]
         rows = [[one.label, f"{number(metrics[one.key])} {one.unit}"] for one in known]
-        rows += [[f"stage: {name}", f"{seconds:.3f} s"] for name, seconds in stages.items()]
-        hidden = document["hidden_stages"].items()
-        rows += [[f"behind them: {name}", f"{seconds:.3f} s"] for name, seconds in hidden]
+        for what, taken in (("stage", stages), ("behind them", document["hidden_stages"])):
+            rows += [[f"{what}: {name}", f"{seconds:.3f} s"] for name, seconds in taken.items()]
         rows += [[name, number(count)] for name, count in counts.items()]
         console.say(markdown_table(["measure", "value"], rows))
