@@ -17,8 +17,6 @@ from common.errors import ScriptError
 from common.plots import check_plot, draw
 from common.trials import run_trial
 
-# the first request of a process pays for compilation and warming up: the second is measured
-_SWEEP_REQUESTS = 2
 _KEPT = (
     "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",
     "artifact", "decode", "device_memory", "bandwidth",
@@ -110,7 +108,8 @@ def _sweep(subject: Subject, commands: dict[str, list[str]]) -> list[dict]:
     """Return a trial of each mode at each prompt length in tokens."""
     order = []
     for length in subject.flags.sweep_prompt_lengths:
-        words = [f"--prompt-length={length}", f"--num-requests={_SWEEP_REQUESTS}"]
+        # the first request of a process pays for compiling and warming up: the second is measured
+        words = [f"--prompt-length={length}", "--num-requests=2"]
         for mode in commands:
             if mode != cli.FLOOR:
                 order.append(({"mode": mode, "prompt_length": length}, commands[mode] + words))
