@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.artifacts import peek_manifest
-from common.cli import Console, config_of
-from common.compile_counts import read_counts
+from common.cli import Console
 from common.errors import ScriptError
 from common.measures import Stages, process_start
-from common.prompts import Printer, TextCodec, bucket_for, load_codec, padding_token_id, prompts_of
-from common.serve import Generate, run_document, serve_requests
+from common.prompts import TextCodec, load_codec, padding_token_id, prompts_of
+from common.serve import Generate, serve_requests
 from common.store import fetch
 from common.target import Target, choose_target
 from common.weights import list_checkpoint, start_upload
@@ -44,18 +43,14 @@ def run(settings: RunSettings, console: Console) -> dict:
     """Set up, serve every request, and return the run's result."""
     stages = Stages(process_start())
     ready = set_up(settings, stages, console)
-    setup_seconds = stages.elapsed()
-    target, codec, compiler = ready.target, ready.codec, ready.compiler
-    printer = Printer(settings.prompt, codec)
-    served = serve_requests(ready.generate, ready.prompts, target, stages, printer, console)
-    counts = read_counts(compiler and compiler.watch)
-    nothing = {"artifact": None, "graphs": [], "misses": []}
-    document = run_document(
-        APPROACH, settings.loading.mode, config_of(settings), target, codec, served, setup_seconds,
-        stages, counts, **(compiler.describe(counts) if compiler else nothing),
+    compiler = ready.compiler
+    document = serve_requests(
+        APPROACH, settings.loading.mode, settings, ready.target, ready.codec, ready.prompts,
+        ready.generate, stages, compiler and compiler.watch, console,
     )  # fmt: skip
     document["output"]["padded_tokens"] = ready.padded(ready.prompts[0])
-    return document
+    nothing = {"artifact": None, "graphs": [], "misses": []}
+    return document | (compiler.describe(document["compile"]) if compiler else nothing)
 
 
 def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
@@ -75,7 +70,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     buckets = (loading.prefill_buckets or flags.prefill_lengths) if loading.bucket_pad else ()
 
     def padded(prompt: list[int]) -> int:
-        return bucket_for(len(prompt), buckets) or len(prompt)
+        return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
 
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)

@@ -12,11 +12,11 @@ from aotinductor.lengths import Plan, find_plan, shape_differences
 from aotinductor.loading import load_package
 from aotinductor.recipe import find_differences
 from common import compile_counts, serve
-from common.cli import Console, SamplingFlags, config_of
+from common.cli import Console, SamplingFlags
 from common.errors import UsageError
 from common.manifest import Difference, Manifest
 from common.measures import Stages, process_start
-from common.prompts import Printer, load_codec, padding_token_id, prompts_of
+from common.prompts import load_codec, padding_token_id, prompts_of
 from common.store import fetch
 from common.target import Target, choose_target, load_model
 from common.toolchain import prepare_toolchain
@@ -56,15 +56,11 @@ def run(settings: RunSettings, console: Console) -> dict:
         engine = without_package(settings, target, plan, cuda_graph, stages, console)
     padding_id = padding_token_id(codec, target.checkpoint)
     generate = generate_with(engine, settings, target, plan, padding_id)
-    setup_seconds = stages.elapsed()
-    printer = Printer(settings.prompt, codec)
-    served = serve.serve_requests(generate, prompts, target, stages, printer, console)
-    document = serve.run_document(
-        APPROACH, settings.mode, config_of(settings), target, codec, served, setup_seconds, stages,
-        compile_counts.read_counts(watch), artifact=artifact,
-    )  # fmt: skip
+    document = serve.serve_requests(
+        APPROACH, settings.mode, settings, target, codec, prompts, generate, stages, watch, console
+    )
     document["output"]["padded_tokens"] = padded
-    return document
+    return document | {"artifact": artifact}
 
 
 def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings:
