@@ -49,10 +49,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     printer = Printer(settings.prompt, codec)
     served = serve_requests(ready.generate, ready.prompts, target, stages, printer, console)
     counts = read_counts(compiler and compiler.watch)
-    nothing = {"artifact": None, "graphs": [], "misses": []}
+    more = compiler.describe(counts) if compiler else {"artifact": None, "graphs": [], "misses": []}
     document = run_document(
         APPROACH, settings.loading.mode, config_of(settings), target, codec, served, setup_seconds,
-        stages, counts, **(compiler.describe(counts) if compiler else nothing),
+        stages, counts, **more,
     )  # fmt: skip
     document["output"]["padded_tokens"] = ready.padded(ready.prompts[0])
     return document
@@ -89,15 +89,15 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
     model = generation.make_model(target, upload.wait(), attention)
-    stops = () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids
-    padding_id = padding_token_id(codec, target.checkpoint)
-    generation.configure_generation(
-        model, flags if compiler else None, new_tokens, stops, padding_id, settings.sampling
-    )
-    if compiler:
-        cache = generation.make_cache(model, slots)
+    choices = {"pad_token_id": padding_token_id(codec, target.checkpoint)}
+    if not settings.prompt.ignore_eos:
+        choices["eos_token_id"] = list(target.checkpoint.eos_token_ids) or None
+    if settings.sampling.temperature:
+        choices |= {"do_sample": True, **vars(settings.sampling)}
+    generation.configure_generation(model, flags if compiler else None, new_tokens, **choices)
     stages.close("weights")
     if compiler:
+        cache = generation.make_cache(model, slots)
         compiler.use_decode_step(loading.precompile, model, cache, console)
     stages.close("compile")
     generate = generation.make_generate(model, cache, settings.shared.seed, padded)
@@ -105,12 +105,9 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
 
 
 def settle_artifact(settings: RunSettings, target: Target, console: Console) -> RunSettings:
-    """Return the settings with what --fetch found, and with all that the user did not tell.
-
-    That comes from the artifact, else from the defaults.
-    """
-    unlike = partial(find_differences, target=target, flags=settings.compilation)
-    pair, loading = settings.files.pair(), settings.loading
+    """Return the settings with what --fetch found, and the untold from artifact or defaults."""
+    pair, loading, told = settings.files.pair(), settings.loading, settings.compilation
+    unlike = partial(find_differences, target=target, flags=told)
     if loading.mode == "load":
         try:
             pair = fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
@@ -119,6 +116,5 @@ def settle_artifact(settings: RunSettings, target: Target, console: Console) -> 
                 raise
             console.warn(f"{error}; compiling instead")
             loading = replace(loading, load_artifacts=False)
-    files = CacheFileFlags(pair.path, pair.metadata_path)
-    flags = settle(settings.compilation, peek_manifest(pair))
-    return replace(settings, files=files, loading=loading, compilation=flags)
+    flags = settle(told, peek_manifest(pair))
+    return replace(settings, files=CacheFileFlags(*pair), loading=loading, compilation=flags)
