@@ -102,7 +102,7 @@ def make_generate(
                 torch.tensor([ids], device=model.device),  # (1, padded length) int64
                 attention_mask=torch.tensor([mask], device=model.device),  # the same shape
                 streamer=TokenStreamer(on_token),
-                **({} if cache is None else {"past_key_values": cache}),
+                past_key_values=cache,
             )  # (1, padded length + new tokens) int64
         return output[0, len(ids) :].tolist()
 

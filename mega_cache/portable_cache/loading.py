@@ -5,13 +5,10 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from common import compile_counts, manifest
-from common.artifacts import open_verified, read_blob
+from common import artifacts, compile_counts, manifest, report, toolchain
 from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
-from common.report import environment
 from common.target import Target
-from common.toolchain import prepare_toolchain
 from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, RunSettings
 from portable_cache.recipe import find_differences
@@ -31,7 +28,7 @@ class Compiler:
         """Check the artifact against this run, then load it; each doubt is an error of its kind."""
         bundle.check_caches_are_on()
         pair, flags = settings.files.pair(), settings.compilation
-        with open_verified(pair, APPROACH, settings.trust, console) as verified:
+        with artifacts.open_verified(pair, APPROACH, settings.trust, console) as verified:
             built = verified.manifest
             manifest.raise_if_different(pair.path, find_differences(built, target, flags))
             if slots not in flags.cache_lengths():
@@ -40,9 +37,9 @@ class Compiler:
                     f"{pair.path} has {max(flags.cache_lengths())}: shorten them, or rebuild with "
                     "a larger --max-cache-len"
                 )
-            for one in manifest.differences(built.environment, environment(), ("driver",)):
+            for one in manifest.differences(built.environment, report.environment(), ("driver",)):
                 console.warn(f"{manifest.describe([one])}: usually harmless")
-            blob = read_blob(verified)
+            blob = artifacts.read_blob(verified)
         try:
             loaded = bundle.load_bundle(blob)
         except (ArtifactDamagedError, ArtifactMismatchError) as error:
@@ -105,5 +102,5 @@ def open_compiler(settings: RunSettings, target: Target, slots: int, console: Co
             if settings.loading.must_load:
                 raise
             console.warn(f"{error}; compiling instead")
-    prepare_toolchain(target.device, host_code=False, console=console)
+    toolchain.prepare_toolchain(target.device, host_code=False, console=console)
     return compiler

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.artifacts import peek_manifest
+from common import artifacts, compile_counts, serve, weights
 from common.cli import Console, config_of
-from common.compile_counts import read_counts
 from common.errors import ScriptError
 from common.measures import Stages, process_start
 from common.prompts import Printer, TextCodec, bucket_for, load_codec, padding_token_id, prompts_of
-from common.serve import Generate, run_document, serve_requests
 from common.store import fetch
 from common.target import Target, choose_target
-from common.weights import list_checkpoint, start_upload
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
 from portable_cache.recipe import find_differences, settle
 
@@ -37,7 +34,7 @@ class Ready:
     compiler: "Compiler | None"  # the eager mode imports nothing of it
     model: "PreTrainedModel"
     cache: "Cache | None"
-    generate: Generate
+    generate: serve.Generate
 
 
 def run(settings: RunSettings, console: Console) -> dict:
@@ -47,10 +44,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     setup_seconds = stages.elapsed()
     target, codec, compiler = ready.target, ready.codec, ready.compiler
     printer = Printer(settings.prompt, codec)
-    served = serve_requests(ready.generate, ready.prompts, target, stages, printer, console)
-    counts = read_counts(compiler and compiler.watch)
+    served = serve.serve_requests(ready.generate, ready.prompts, target, stages, printer, console)
+    counts = compile_counts.read_counts(compiler and compiler.watch)
     more = compiler.describe(counts) if compiler else {"artifact": None, "graphs": [], "misses": []}
-    document = run_document(
+    document = serve.run_document(
         APPROACH, settings.loading.mode, config_of(settings), target, codec, served, setup_seconds,
         stages, counts, **more,
     )  # fmt: skip
@@ -64,7 +61,8 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     target = choose_target(settings.shared, console)
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
-    upload = start_upload(list_checkpoint(target.checkpoint.folder), target.device, target.dtype)
+    stored = weights.list_checkpoint(target.checkpoint.folder)
+    upload = weights.start_upload(stored, target.device, target.dtype)
     stages.close("weights")
     # late: the weights are on their way meanwhile
     from portable_cache import generation
@@ -116,5 +114,5 @@ def settle_artifact(settings: RunSettings, target: Target, console: Console) -> 
                 raise
             console.warn(f"{error}; compiling instead")
             loading = replace(loading, load_artifacts=False)
-    flags = settle(told, peek_manifest(pair))
+    flags = settle(told, artifacts.peek_manifest(pair))
     return replace(settings, files=CacheFileFlags(*pair), loading=loading, compilation=flags)
