@@ -128,8 +128,7 @@ def capture_decode_call(model: PreTrainedModel, cache: Cache) -> tuple[dict, dic
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
-            max_new_tokens=2,
-            min_new_tokens=2,  # an early end of sequence would leave no decode call to note
+            max_new_tokens=2,  # the second one is decoded
         )
     finally:
         del model.get_compiled_call
@@ -152,21 +151,20 @@ def export(model: PreTrainedModel, cache: Cache, mode: str) -> SavedStep:
     # a CUDA graph is captured around the whole step, here and at a load alike
     cudagraphs = options.pop("triton.cudagraphs", False) and model.device.type == "cuda"
     contract = {"process": of_process(model, cache), "call": call, "cudagraphs": cudagraphs}
-    with torch.no_grad():  # as `generate` runs it
-        # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
-        # would record the step among the graphs too, under a key nobody looks up (1 MB a length)
-        with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
-            compiled = torch._dynamo.optimize(
-                backend=StaticInductor("default", options, False),
-                nopython=True,
-                dynamic=False,
-                guard_filter_fn=lambda guards: [False] * len(guards),
-            )(step)
-            function = compiled.forward.aot_compile(((tensors,), {}))
-        run = partial(function, step)
-        run(tensors)
-        if cudagraphs:
-            GraphedStep(run, tensors)
+    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+    # would record the step among the graphs too, under a key nobody looks up (1 MB a length)
+    with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
+        compiled = torch._dynamo.optimize(
+            backend=StaticInductor("default", options, False),
+            nopython=True,
+            dynamic=False,
+            guard_filter_fn=lambda guards: [False] * len(guards),
+        )(step)
+        function = compiled.forward.aot_compile(((tensors,), {}))
+    run = partial(function, step)
+    run(tensors)
+    if cudagraphs:
+        GraphedStep(run, tensors)
     cache.reset()
     graph = function._artifacts.compiled_fn
     if "data" in vars(graph):  # 2.9.1 pickles the graph when it compiles, not when it is asked
