@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.artifacts import peek_manifest
+from common import artifacts, serve, weights
 from common.cli import Console
 from common.errors import ScriptError
 from common.measures import Stages, process_start
 from common.prompts import TextCodec, load_codec, padding_token_id, prompts_of
-from common.serve import Generate, serve_requests
 from common.store import fetch
 from common.target import Target, choose_target
-from common.weights import list_checkpoint, start_upload
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
 from portable_cache.recipe import find_differences, settle
 
@@ -36,7 +34,7 @@ class Ready:
     compiler: "Compiler | None"  # the eager mode imports nothing of it
     model: "PreTrainedModel"
     cache: "Cache | None"
-    generate: Generate
+    generate: serve.Generate
 
 
 def run(settings: RunSettings, console: Console) -> dict:
@@ -44,7 +42,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     stages = Stages(process_start())
     ready = set_up(settings, stages, console)
     compiler = ready.compiler
-    document = serve_requests(
+    document = serve.serve_requests(
         APPROACH, settings.loading.mode, settings, ready.target, ready.codec, ready.prompts,
         ready.generate, stages, compiler and compiler.watch, console,
     )  # fmt: skip
@@ -59,7 +57,8 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     target = choose_target(settings.shared, console)
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
-    upload = start_upload(list_checkpoint(target.checkpoint.folder), target.device, target.dtype)
+    stored = weights.list_checkpoint(target.checkpoint.folder)
+    upload = weights.start_upload(stored, target.device, target.dtype)
     stages.close("weights")
     # late: the weights are on their way meanwhile
     from portable_cache import generation
@@ -84,15 +83,15 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
     model = generation.make_model(target, upload.wait(), attention)
-    stops = () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids
-    padding_id = padding_token_id(codec, target.checkpoint)
-    generation.configure_generation(
-        model, flags if compiler else None, new_tokens, stops, padding_id, settings.sampling
-    )
-    if compiler:
-        cache = generation.make_cache(model, slots)
+    choices = {"pad_token_id": padding_token_id(codec, target.checkpoint)}
+    if not settings.prompt.ignore_eos:
+        choices["eos_token_id"] = list(target.checkpoint.eos_token_ids) or None
+    if settings.sampling.temperature:
+        choices |= {"do_sample": True, **vars(settings.sampling)}
+    generation.configure_generation(model, flags if compiler else None, new_tokens, **choices)
     stages.close("weights")
     if compiler:
+        cache = generation.make_cache(model, slots)
         compiler.use_decode_step(loading.precompile, model, cache, console)
     stages.close("compile")
     generate = generation.make_generate(model, cache, settings.shared.seed, padded)
@@ -100,12 +99,9 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
 
 
 def settle_artifact(settings: RunSettings, target: Target, console: Console) -> RunSettings:
-    """Return the settings with what --fetch found, and with all that the user did not tell.
-
-    That comes from the artifact, else from the defaults.
-    """
-    unlike = partial(find_differences, target=target, flags=settings.compilation)
-    pair, loading = settings.files.pair(), settings.loading
+    """Return the settings with what --fetch found, and the untold from artifact or defaults."""
+    pair, loading, told = settings.files.pair(), settings.loading, settings.compilation
+    unlike = partial(find_differences, target=target, flags=told)
     if loading.mode == "load":
         try:
             pair = fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
@@ -114,6 +110,5 @@ def settle_artifact(settings: RunSettings, target: Target, console: Console) -> 
                 raise
             console.warn(f"{error}; compiling instead")
             loading = replace(loading, load_artifacts=False)
-    files = CacheFileFlags(pair.path, pair.metadata_path)
-    flags = settle(settings.compilation, peek_manifest(pair))
-    return replace(settings, files=files, loading=loading, compilation=flags)
+    flags = settle(told, artifacts.peek_manifest(pair))
+    return replace(settings, files=CacheFileFlags(*pair), loading=loading, compilation=flags)
