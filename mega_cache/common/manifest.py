@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 # set in processes whose GPU computes nothing: what they make must never meet a real one
 REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"

@@ -193,9 +193,10 @@ def _choose(
         for entry in allowed
     ]
     fitting = [entry for entry, unlike in compared if not unlike]
-    if not fitting:
-        for entry, unlike in compared:
+    for entry, unlike in compared:
+        if unlike and (console.verbose or not fitting):
             console.say(f"  {one_line(entry.place)}: {describe(unlike)}")
+    if not fitting:
         nearest = min((unlike for _, unlike in compared), key=len)
         raise errors.ArtifactMismatchError(
             f"none of the {len(allowed)} artifacts in {url} was built for this; of the nearest, "
