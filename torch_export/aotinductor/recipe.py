@@ -22,10 +22,8 @@ def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
         **_machine(target),
         **make_bounds(settings.shape).as_json(),
         "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
-        "example_seq_len": settings.shape.example_seq_len,
-        "kv_cache": settings.graph.kv_cache,
+        **vars(settings.graph),
         "max_cache_len": settings.slots,
-        "max_autotune": settings.graph.max_autotune,
         "embed_weights": settings.weights_embedded,
         # the checkpoint's own dtype is another than the one asked for
         "cast_weights": any(
@@ -54,9 +52,8 @@ def find_differences(manifest: Manifest, target: Target) -> list[Difference]:
 def weights_fingerprint(folder: Path) -> str | None:
     """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
 
-    A package carries the weights it was built from, and fine-tunes of one model share its
-    configuration: without this, `--model-id OTHER` would answer with the wrong model's weights. It
-    takes milliseconds, and is the same however the tensors are cut into files.
+    Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
+    with the weights in the package. It is the same however the tensors are cut into files.
     """
     try:
         tensors = list_checkpoint(folder)

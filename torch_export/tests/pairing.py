@@ -56,8 +56,8 @@ class Pairing:
         self.plan = Plan(parse_bounds(self.manifest.recipe), self.manifest.recipe)
         target = Target(resolve_checkpoint(str(model_id), QUIET), CPU, torch.float32)
         stages = Stages(process_start())
-        loaded = load_package(pair, target, self.plan, TrustFlags(), False, 8, stages, QUIET)
-        self._engine = loaded.engine
+        trust = TrustFlags()
+        self._engine, _ = load_package(pair, target, self.plan, trust, False, 8, stages, QUIET)
         self.model = load_model(target)
         self.codec = load_codec(target.checkpoint.folder)
         self.weight_bytes = sum(
@@ -72,13 +72,13 @@ class Pairing:
         rest = (prompt.new_tokens, prompt.stop_ids, on_token)
         if self.plan.slots is None:
             padded = partial(self.plan.bounds.padded, bucket_pad=prompt.bucket_pad)
-            return self._engine.generate(prompt.token_ids, padded, 0, *rest)
+            return self._engine.generate(prompt.token_ids, padded, *rest)
         padded = self.plan.bounds.padded(len(prompt.token_ids), prompt.bucket_pad)
         return self._engine.generate(prompt.token_ids, padded, *rest)
 
     def eager(self, prompt, on_token=None):
         return generate_eagerly(
-            self.model, prompt.token_ids, 0, prompt.new_tokens, prompt.stop_ids,
+            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids,
             on_token or (lambda token: None), SamplingFlags(), 0,
         )  # fmt: skip
 
