@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -71,7 +70,7 @@ def compile_package(
     return {"graphs": list(programs), **state, "constants": constants}
 
 
-def compile_program(exported: torch.export.ExportedProgram, own_options: dict[str, object]) -> Any:
+def compile_program(exported: torch.export.ExportedProgram, own_options: dict[str, object]):
     """Return the files of one compiled program."""
     from torch._inductor import aot_compile
 

@@ -4,6 +4,7 @@ A loaded package checks nothing: a length it was not exported for ends in a size
 kernel, or in no error at all. So everything is checked here, before the call.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -16,15 +17,8 @@ from common.manifest import differences, raise_if_different
 _REBUILD = "rebuild with ./build.sh"
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(ShapeFlags):
     """The lengths of a graph in tokens; a static graph has one, `max_seq_len`."""
-
-    dynamic_seq_len: bool
-    min_seq_len: int
-    max_seq_len: int
-    dynamic_seq_multiple: int
-    example_seq_len: int  # what is traced, about
 
     @property
     def buckets(self) -> list[int]:
@@ -64,16 +58,18 @@ def make_bounds(flags: ShapeFlags) -> Bounds:
     if flags.dynamic_seq_len:
         return Bounds(**vars(flags))
     only = flags.example_seq_len
-    return Bounds(False, 1, only, only, only)
+    return Bounds(only, False, 1, only, only)
 
 
 def parse_bounds(recipe: dict[str, Any]) -> Bounds:
     """Return the bounds in a package's recipe; raise ArtifactDamagedError if there are none."""
-    dynamic, *lengths = (recipe.get(field.name) for field in fields(Bounds))
-    valid = type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths)
-    if not valid or recipe.get("buckets") != (bounds := Bounds(dynamic, *lengths)).buckets:
-        raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
-    return bounds
+    example, dynamic, *others = (recipe.get(field.name) for field in fields(Bounds))
+    lengths = [example, *others]
+    if type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths):
+        with suppress(ValueError):  # what no flags give
+            if (bounds := Bounds(example, dynamic, *others)).buckets == recipe.get("buckets"):
+                return bounds
+    raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 
 from aotinductor import package
 from aotinductor.base import BaseGenerator
-from aotinductor.flags import APPROACH
+from aotinductor.flags import APPROACH, RunSettings
 from aotinductor.kv_generation import CacheShape, Generator, rope_table
 from aotinductor.lengths import Plan
 from aotinductor.recipe import find_differences
-from common import artifacts, errors, report, weights
+from common import errors, report, weights
+from common.artifacts import open_verified
 from common.cli import Console
 from common.manifest import Manifest, describe, differences, raise_if_different
 from common.measures import Stages
@@ -26,15 +27,16 @@ Engine = BaseGenerator | Generator
 
 
 def load_package(
-    pair: artifacts.ArtifactPair, target: Target, plan: Plan, trust: artifacts.TrustFlags,
-    cuda_graph: bool, warm_up_tokens: int, stages: Stages, console: Console,
+    settings: RunSettings, target: Target, plan: Plan, cuda_graph: bool, warm_up_tokens: int,
+    stages: Stages, console: Console,
 ) -> tuple[Engine, dict]:  # fmt: skip
     """Check the package against this run, then load it; any doubt is an error of its own kind.
 
     Returns what generates, and what a result tells of the package. On a GPU each graph is warmed
     up, prefill at the padded length `warm_up_tokens`.
     """
-    with artifacts.open_verified(pair, APPROACH, trust, console) as verified:
+    pair = settings.files.pair()
+    with open_verified(pair, APPROACH, settings.trust, console) as verified:
         manifest = verified.manifest
         raise_if_different(pair.path, find_differences(manifest, target))
         for difference in differences(manifest.environment, report.gpu_environment(), ("driver",)):

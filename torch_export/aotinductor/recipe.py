@@ -10,7 +10,7 @@ from aotinductor.package import instruction_set
 from common.manifest import Difference, Manifest, differences
 from common.report import gpu_environment, package_version
 from common.target import Target
-from common.weights import list_checkpoint
+from common.weights import list_checkpoint, target_dtype
 
 _SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
 
@@ -26,9 +26,7 @@ def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
         "max_cache_len": settings.slots,
         "embed_weights": settings.weights_embedded,
         # the checkpoint's own dtype is another than the one asked for
-        "cast_weights": any(
-            one.dtype != target.dtype for one in stored if one.dtype.is_floating_point
-        ),
+        "cast_weights": any(target_dtype(one, target.dtype) != one.dtype for one in stored),
     }
 
 

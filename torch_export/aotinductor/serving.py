@@ -43,9 +43,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         padded = plan.bounds.padded(padded, bucket_pad)
     artifact = watch = None
     if settings.mode == "load":
-        engine, artifact = load_package(
-            settings.files.pair(), target, plan, settings.trust, cuda_graph, padded, stages, console
-        )
+        engine, artifact = load_package(settings, target, plan, cuda_graph, padded, stages, console)
     else:
         if settings.mode == "skip":
             watch = compile_counts.watch_compilation()

@@ -105,9 +105,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     for length in lengths:
         plan.check_request(length, steps, bucket_pad=False)
     captured, warm_up = wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0])
-    engine, _ = load_package(
-        settings.files.pair(), target, plan, settings.trust, captured, warm_up, Stages(0), console
-    )
+    engine, _ = load_package(settings, target, plan, captured, warm_up, Stages(0), console)
     reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
     codec, rows = load_codec(target.checkpoint.folder), []
     for length in console.bar(lengths, "logits", "prompt"):
