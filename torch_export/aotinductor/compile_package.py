@@ -129,11 +129,9 @@ def find_behind_library(path: Path) -> dict[str, int]:
         constructor = archive.read(source).decode()
         end = archive.getinfo(library).file_size - 8  # a magic number is the last
     declared = r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"'
-    rows = re.findall(declared, constructor, re.DOTALL)
-    record = library.partition("/")[2]
-    end += torch._C.PyTorchFileReader(str(path)).get_record_offset(record)
+    end += torch._C.PyTorchFileReader(str(path)).get_record_offset(library.partition("/")[2])
     offsets = {}
-    for size, name in reversed(rows):
+    for size, name in reversed(re.findall(declared, constructor, re.DOTALL)):
         end -= int(size)
         offsets[name] = end
     return offsets
