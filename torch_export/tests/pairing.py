@@ -1,5 +1,6 @@
 """A loaded package beside the eager model of the checkpoint that it runs on."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from helpers import Finished, run_command
+from helpers import Finished, run_command, run_script, succeeded
 
 from aotinductor.flags import RunSettings
 from aotinductor.lengths import Plan, parse_bounds
@@ -36,6 +37,17 @@ OTHER = CONFIGS["random:tiny"] | {
     "rope_scaling": None,
     "rope_theta": 10000.0,
 }
+
+
+def build(package: Path, *flags: str) -> Finished:
+    """Build a package without tuning: the graph is the same.
+
+    The compiler's probes of this machine and its precompiled headers are shared by all such builds:
+    15 s of each.
+    """
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{os.environ['LLAMA_PRESETS']}/compiler"}
+    own = ("--device=cpu", "--no-max-autotune", f"--package-path={package}", *flags)
+    return succeeded(run_script("build_llama_aotinductor.py", *own, **cache))
 
 
 @dataclass(frozen=True)
