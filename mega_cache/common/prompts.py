@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.checkpoints import Checkpoint
 from common.cli import PromptFlags
 from common.errors import UsageError
 
@@ -117,10 +116,3 @@ def text_printer(codec: TextCodec) -> Callable[[int | None], None]:
             print(text, end="", flush=True)
 
     return show
-
-
-def padding_token_id(codec: TextCodec, checkpoint: Checkpoint) -> int:
-    """Return a token id to pad with; masked positions never reach the output."""
-    name = codec.special.get("pad_token")
-    token_id = codec.tokenizer.token_to_id(name) if name else None
-    return next(iter(checkpoint.eos_token_ids), 0) if token_id is None else token_id

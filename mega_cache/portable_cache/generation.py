@@ -50,7 +50,7 @@ def configure_generation(
 ) -> None:
     """Set every choice of `generate`, none is left to the checkpoint; `flags` None is eager.
 
-    `choices` are those of GenerationConfig: what stops, what pads, how tokens are sampled.
+    `choices` are those of GenerationConfig: what stops, how tokens are sampled.
     """
     compiling = flags and transformers.CompileConfig(
         fullgraph=flags.fullgraph, dynamic=DYNAMIC[flags.compile_dynamic], mode=flags.compile_mode
@@ -66,7 +66,8 @@ def configure_generation(
         max_new_tokens=max_new_tokens,
         compile_config=compiling,
         disable_compile=compiling is None,
-        **{"pad_token_id": 0} | choices,
+        pad_token_id=0,  # padding is masked
+        **choices,
     )
 
 
@@ -95,7 +96,7 @@ def make_generate(
         if cache is not None:
             cache.reset()  # its slots and its length are the last request's
         padding = padded(prompt) - len(prompt)
-        ids = [model.generation_config.pad_token_id] * padding + prompt
+        ids = [0] * padding + prompt
         mask = [0] * padding + [1] * len(prompt)
         with nullcontext() if padding else attention.from_first_slot():
             output = model.generate(

@@ -11,7 +11,7 @@ from common import artifacts, serve, weights
 from common.cli import Console
 from common.errors import ScriptError
 from common.measures import Stages, process_start
-from common.prompts import TextCodec, load_codec, padding_token_id, prompts_of
+from common.prompts import TextCodec, load_codec, prompts_of
 from common.store import fetch
 from common.target import Target, choose_target
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
@@ -83,7 +83,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
     model = generation.make_model(target, upload.wait(), attention)
-    choices = {"pad_token_id": padding_token_id(codec, target.checkpoint)}
+    choices = {}
     if not settings.prompt.ignore_eos:
         choices["eos_token_id"] = list(target.checkpoint.eos_token_ids) or None
     if settings.sampling.temperature:
