@@ -9,13 +9,10 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 import shlex
 from collections.abc import Sequence
 
-from common.artifacts import building, check_target
+from common import artifacts, store, toolchain, trials
 from common.cli import Console, parse_flags
 from common.errors import run_script
 from common.report import markdown_table, write_json
-from common.store import publish
-from common.toolchain import open_driver
-from common.trials import private_compiler_caches
 from portable_cache.flags import APPROACH, BuildSettings
 
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
@@ -26,16 +23,16 @@ def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
-    open_driver(settings.shared.device)
-    with private_compiler_caches(), building(pair, console):
-        check_target(pair, NEEDED_BYTES)
+    toolchain.open_driver(settings.shared.device)
+    with trials.private_compiler_caches(), artifacts.building(pair, console):
+        artifacts.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
         from portable_cache.building import build
 
         document = build(settings, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
-    publish(pair, settings.store.publish, APPROACH, console)
+    store.publish(pair, settings.store.publish, APPROACH, console)
 
 
 def report(document: dict, settings: BuildSettings, console: Console) -> None:

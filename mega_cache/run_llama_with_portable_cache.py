@@ -7,12 +7,10 @@
 
 from collections.abc import Sequence
 
+from common import report, toolchain, trials
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
 from common.compare import Subject, compare
 from common.errors import ArtifactMismatchError, UsageError, run_script
-from common.report import write_json
-from common.toolchain import open_driver
-from common.trials import private_compiler_caches
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 
@@ -26,14 +24,14 @@ def main(argv: Sequence[str]) -> None:
     if results.plot:
         raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    open_driver(settings.shared.device)
-    with private_compiler_caches():
+    toolchain.open_driver(settings.shared.device)
+    with trials.private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
         from common.serve import print_run
         from portable_cache.serving import run
 
         document = run(settings, console)
-    write_json(document, settings.shared.json)
+    report.write_json(document, settings.shared.json)
     print_run(document, console)
     if settings.loading.require_hit and document["misses"]:
         raise ArtifactMismatchError("not everything hit: " + " | ".join(document["misses"]))

@@ -11,25 +11,22 @@ import shlex
 from collections.abc import Sequence
 
 from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
-from common.artifacts import building
+from common import artifacts, store, toolchain, trials
 from common.cli import Console, SharedFlags, config_of, parse_flags
 from common.errors import run_script
 from common.report import markdown_table, write_json
-from common.store import publish
-from common.toolchain import open_driver
-from common.trials import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console, pair = Console(settings.shared.quiet, settings.shared.verbose), settings.files.pair()
-    open_driver(settings.shared.device)
-    with private_compiler_caches(), building(pair, console):
+    toolchain.open_driver(settings.shared.device)
+    with trials.private_compiler_caches(), artifacts.building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.building import build
 
         document = build(settings, console)
-    publish(pair, settings.store.publish, APPROACH, console)
+    store.publish(pair, settings.store.publish, APPROACH, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
 

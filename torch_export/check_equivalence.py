@@ -9,10 +9,8 @@ package may be as far off as eager in the same dtype is; much more is a failure.
 from collections.abc import Sequence
 
 from aotinductor.flags import RunSettings
+from common import errors, report, trials
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
-from common.errors import ScriptError, run_script
-from common.report import logits_table, write_json
-from common.trials import private_compiler_caches
 
 # kernels that add up in another order: a few times eager's own error, or float32's rounding
 ALLOWED = 4.0
@@ -22,18 +20,18 @@ ROUNDING = 1e-3
 def main(argv: Sequence[str]) -> None:
     settings, flags = parse_flags(__doc__, (RunSettings, EquivalenceFlags), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    with private_compiler_caches():
+    with trials.private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.verify import compare_logits
 
         document = compare_logits(settings, flags, console)
-    write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
-    console.result(logits_table(document))
+    report.write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
+    console.result(report.logits_table(document))
     for row in document["rows"]:
         found = row["load"]["max_abs_error"]
         allowed = ALLOWED * row["eager"]["max_abs_error"] + ROUNDING
         if not found <= allowed:  # written so that NaN fails
-            raise ScriptError(
+            raise errors.ScriptError(
                 f"at a prompt of {row['prompt_length']} tokens the package's logits are off by "
                 f"{found:.2g} standard deviations, at most {allowed:.2g} was expected: rebuild it "
                 "with ./build.sh"
@@ -41,4 +39,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

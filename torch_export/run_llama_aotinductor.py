@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
+from common import errors, toolchain, trials
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
-from common.errors import UsageError, run_script
-from common.toolchain import open_driver
-from common.trials import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
         compare(Subject(APPROACH, Path(__file__), modes, argv, settings, comparing, results))
         return
     if results.plot:
-        raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
-    open_driver(settings.shared.device)
+        raise errors.UsageError("--plot draws a comparison: add --compare-load-vs-skip")
+    toolchain.open_driver(settings.shared.device)
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    with private_compiler_caches():
+    with trials.private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.serving import run
         from common.report import write_json
@@ -44,4 +42,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

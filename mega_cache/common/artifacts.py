@@ -31,7 +31,6 @@ from common.manifest import Manifest
 
 BLOCK_BYTES = 64 * 2**20  # part of the metadata's format: see content_digest
 _READ_BYTES = 2**20  # stays in a core's cache between read and digest
-_MAX_THREADS = 32
 _REBUILD = "build it again with ./build.sh"
 
 
@@ -57,6 +56,13 @@ class ArtifactPair(NamedTuple):
     path: Path
     metadata_path: Path
 
+    def real(self) -> "ArtifactPair":
+        """Return where they really are: a link could lead elsewhere between check and use."""
+        return ArtifactPair(*(Path(os.path.realpath(path)) for path in self))
+
+    def new(self) -> "ArtifactPair":
+        return ArtifactPair(*(path.with_name(f"{path.name}.new") for path in self))
+
 
 @dataclass(frozen=True)
 class VerifiedArtifact:
@@ -79,7 +85,7 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    pair = _real(pair)
+    pair = pair.real()
     if pair.path == pair.metadata_path:
         raise errors.UsageError(f"artifact and metadata are both {pair.path}: give different paths")
     lock = FileLock(pair.path.with_name(f".{pair.path.name}.lock"))
@@ -109,7 +115,7 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 
 def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
     """Raise, before a long build, if a file of this size cannot be written there."""
-    folder = _real(pair).path.parent
+    folder = pair.real().path.parent
     room, limit = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY:
         room = min(room, limit)
@@ -122,17 +128,14 @@ def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
 
 
 def write_pair(
-    pair: ArtifactPair,
-    produce: Callable[[Path], None],
-    make_manifest: Callable[[dict], Manifest],
+    pair: ArtifactPair, produce: Callable[[Path], None], make_manifest: Callable[[dict], Manifest]
 ) -> Manifest:
     """Replace the pair by what `produce` writes to the path it is given; return its manifest.
 
-    For use in `building`, or where no other process looks. `make_manifest` is given the `file`
-    record. Whatever happens, readers find the old pair or the new one.
+    For use in `building`, or where no other process looks. `make_manifest` takes the `file` record.
     """
-    pair = _real(pair)
-    new = _new(pair)
+    pair = pair.real()
+    new = pair.new()
     # the artifact's own name: a compiler writes it into the package, and insists on its suffix
     produced = pair.path.with_name(f"{pair.path.name}.building") / pair.path.name
     try:
@@ -147,27 +150,18 @@ def write_pair(
                 "sha256": content_digest(size, partial(os.pread, file.fileno())),
                 "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             }
-        built = make_manifest(record)
-        metadata = manifest.dump_manifest(built).encode()
-        with errors.writing(pair.path):
+            built = make_manifest(record)
+            text = manifest.dump_manifest(built)
             _rename(produced, new.path)
-            with open(new.metadata_path, "wb") as file:
-                file.write(metadata)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(new.metadata_path, "w") as metadata:
+                metadata.write(text)
+                metadata.flush()
+                os.fsync(metadata.fileno())
             _rename(new.metadata_path, pair.metadata_path)
             _rename(new.path, pair.path)
     finally:
         _recover(pair)
     return built
-
-
-def _real(pair: ArtifactPair) -> ArtifactPair:
-    return ArtifactPair(*(Path(os.path.realpath(path)) for path in pair))
-
-
-def _new(pair: ArtifactPair) -> ArtifactPair:
-    return ArtifactPair(*(path.with_name(f"{path.name}.new") for path in pair))
 
 
 def _rename(old: Path, new: Path) -> None:
@@ -181,7 +175,7 @@ def _rename(old: Path, new: Path) -> None:
 
 def _recover(pair: ArtifactPair) -> None:
     """Finish or remove what a dead or failed builder left; the lock is held."""
-    new = _new(pair)
+    new = pair.new()
     if os.path.exists(new.path):
         with suppress(errors.ArtifactDamagedError):
             _open_content(new.path, _read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
@@ -205,8 +199,7 @@ def open_verified(
     (missing ones too) and ArtifactMismatchError (another approach, a rehearsal's).
     """
     began = time.monotonic()
-    # checked and opened where they really are: a link could lead elsewhere in between
-    real = _real(pair)
+    real = pair.real()
     while True:
         built = _read_manifest(real, flags)
         if built.approach != approach:
@@ -216,7 +209,7 @@ def open_verified(
             )
         manifest.raise_if_different(pair.path, manifest.rehearsal_differences(built))
         with suppress(errors.ArtifactDamagedError):
-            file = _open_content(_new(real).path, built, flags)
+            file = _open_content(real.new().path, built, flags)
             break
         try:
             file = _open_content(real.path, built, flags)
@@ -311,8 +304,7 @@ def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
             start += len(part)
         return digest.digest()
 
-    threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    with ThreadPoolExecutor(threads) as pool:  # hashlib and pread work outside the GIL
+    with ThreadPoolExecutor() as pool:  # hashlib and pread work outside the GIL
         digests = list(pool.map(block_digest, range(0, size, BLOCK_BYTES)))
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
 

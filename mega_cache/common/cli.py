@@ -40,8 +40,8 @@ class Console:
         # imported here: a lean start that shows no bar does not pay for tqdm
         from tqdm import tqdm
 
-        one = len(items) < 2  # needs no bar
-        return tqdm(items, desc=label, unit=unit, file=sys.stderr, disable=self.quiet or one)
+        off = self.quiet or len(items) < 2
+        return tqdm(items, desc=label, unit=unit, file=sys.stderr, disable=off)
 
 
 def flag(default: Any, help: str, *, parse=None, choices=None, often: bool = False) -> Any:
@@ -68,15 +68,13 @@ def words_besides(groups: Sequence[type], argv: Sequence[str]) -> list[str]:
 
 
 def config_of(*groups: Any) -> dict[str, Any]:
-    """Return the flags of all groups by name, as JSON values."""
+    """Return the flags of all groups by name, as values that JSON knows."""
     config = {}
     for name, value in (item for group in groups for item in vars(group).items()):
         if dataclasses.is_dataclass(value):
             config |= config_of(value)
-        elif isinstance(value, Path):
-            config[name] = str(value)
         else:
-            config[name] = list(value) if isinstance(value, tuple) else value
+            config[name] = str(value) if isinstance(value, Path) else value
     return config
 
 

@@ -17,8 +17,6 @@ from common.errors import ScriptError
 from common.plots import check_plot, draw
 from common.trials import run_trial
 
-# the first request of a process pays for compilation and warming up: the second is measured
-_SWEEP_REQUESTS = 2
 _KEPT = (
     "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",
     "artifact", "decode", "device_memory", "bandwidth",
@@ -61,10 +59,8 @@ def compare(subject: Subject) -> None:
 def benchmark(subject: Subject) -> None:
     """Serve the same requests in each of `flags.modes`; tell, write and draw what came of it.
 
-    What makes seconds comparable between machines is None without the mode floor:
-    `ttft_cold_over_floor`, a mode's `ttft_cold` over the floor's, the moment when the checkpoint's
-    bytes are on the device; `decode_bandwidth_share`, bytes that a token must read, per second of
-    its decode, over the copy bandwidth that the floor measured.
+    Beside the mode floor seconds can be compared between machines: `ttft_cold` over its own, and
+    the bytes per second that decode must read over the copy bandwidth that it measured.
     """
     commands = _commands(subject, subject.flags.modes)
     trials = _alternate(subject, commands, "repeat", subject.flags.repeats)
@@ -95,9 +91,7 @@ def _commands(subject: Subject, modes: Iterable[str]) -> dict[str, list[str]]:
     return commands
 
 
-def _alternate(
-    subject: Subject, commands: dict[str, list[str]], counter: str, count: int
-) -> list[dict]:
+def _alternate(subject: Subject, commands: dict, counter: str, count: int) -> list[dict]:
     """Return `count` trials of each command."""
     if subject.settings.store.fetch:  # bring the artifact here before anything is measured
         for mode in commands.keys() & {"load", "compile_preload"}:
@@ -105,34 +99,30 @@ def _alternate(
     order = []
     for number in range(1, count + 1):
         # every other round backwards, so that no mode always follows the same one
-        modes = list(commands) if number % 2 else reversed(list(commands))
-        order += [({"mode": mode, counter: number}, commands[mode]) for mode in modes]
+        for mode in commands if number % 2 else reversed(commands):
+            order.append(({"mode": mode, counter: number}, commands[mode]))
     return _run_trials(order, "trials", subject.console)
 
 
 def _sweep(subject: Subject, commands: dict[str, list[str]]) -> list[dict]:
     """Return a trial of each mode at each prompt length in tokens."""
-    order = [
-        (
-            {"mode": mode, "prompt_length": length},
-            [*command, f"--prompt-length={length}", f"--num-requests={_SWEEP_REQUESTS}"],
-        )
-        for length in subject.flags.sweep_prompt_lengths
-        for mode, command in commands.items()
-        if mode != cli.FLOOR
-    ]
+    order = []
+    for length in subject.flags.sweep_prompt_lengths:
+        # the first request of a process pays for compiling and warming up: the second is measured
+        words = [f"--prompt-length={length}", "--num-requests=2"]
+        for mode in commands:
+            if mode != cli.FLOOR:
+                order.append(({"mode": mode, "prompt_length": length}, commands[mode] + words))
     entries = _run_trials(order, "sweep", subject.console)
     for entry in entries:
-        requests = [measures.Request(**one) for one in entry["requests"]] if entry["ok"] else []
-        entry["ttft_seconds"] = requests[-1].ttft_seconds if requests else None
-        entry["seconds_per_token"] = measures.decode_seconds_per_token(requests)
+        ok = entry["ok"]
+        entry["ttft_seconds"] = entry["requests"][-1]["ttft_seconds"] if ok else None
+        entry["seconds_per_token"] = entry["decode"]["seconds_per_token"] if ok else None
     return entries
 
 
-def _run_trials(
-    order: Sequence[tuple[dict, Sequence[str]]], label: str, console: cli.Console
-) -> list[dict]:
-    """Run each command; return under its name how it ended, and its run result if there is one."""
+def _run_trials(order: list[tuple], label: str, console: cli.Console) -> list[dict]:
+    """Run each (name, command); return with the name how it ended, and its run result if any."""
     trials = []
     with console.bar(order, label, "trial") as bar:
         for name, command in bar:
@@ -166,9 +156,7 @@ def _summarize(trials: list[dict], mode: str) -> dict[str, Any]:
     }
 
 
-def _finish(
-    subject: Subject, kind: str, trials: list[dict], summary: dict, sweep: list[dict]
-) -> None:
+def _finish(subject: Subject, kind: str, trials: list, summary: dict, sweep: list) -> None:
     """Write, draw and print the result; raise when a trial failed or the modes disagree."""
     console, every = subject.console, trials + sweep
     # as the trials saw it: this process never opens the GPU

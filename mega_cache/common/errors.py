@@ -9,11 +9,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 INTERRUPTED = 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ScriptError(Exception):
@@ -50,9 +48,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in _NO_SPACE
         advice = "make room" if full else "choose a place that you can write to"
-        raise EnvironmentProblemError(
-            f"cannot write {path} ({error.strerror or error}): {advice}"
-        ) from error
+        text = f"cannot write {path} ({error.strerror or error}): {advice}"
+        raise EnvironmentProblemError(text) from error
 
 
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -70,13 +67,13 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # the boundary of the process
         signal.setitimer(signal.ITIMER_REAL, 0)
-        status, broken_pipe = 0, isinstance(error, BrokenPipeError)
-        if not (broken_pipe and any(map(_reader_has_gone, (sys.stdout, sys.stderr)))):
+        status, line = _status_and_line(error)
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            status = 0  # `| head` has seen enough, which is no failure
+        else:
             if "--debug" in argv:
                 traceback.print_exc()
-            status, line = _status_and_line(error)
             print(f"error: {line}", file=sys.stderr)
-        # else `| head` has seen enough, which is no failure
         try:
             sys.stdout.flush()
         except OSError:  # else it is tried again at exit, whose status would be 120
@@ -91,9 +88,11 @@ def _raise_interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _reader_has_gone(stream: TextIO) -> bool:
+def _reader_has_gone() -> bool:
+    """Say whether whoever read our stdout or our stderr reads no more."""
     poll = select.poll()
-    poll.register(stream.fileno(), 0)  # errors are told without being asked for
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # errors are told without being asked for
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
@@ -110,7 +109,7 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
     # which is not imported here, names its out-of-memory error like this
     if any(os.strerror(number) in str(error) for number in _NO_SPACE):
         return lacking, f"no space left: {text}: make room or choose another path"
-    if isinstance(error, OSError) and error.errno in _NOT_PERMITTED:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return lacking, f"not permitted: {text}"
     if type(error).__name__ == "OutOfMemoryError":
         return lacking, f"out of device memory: {text}"

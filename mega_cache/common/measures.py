@@ -13,7 +13,7 @@ class Request:
     """One request: seconds from its first work to its last token, and to its first."""
 
     seconds: float
-    ttft_seconds: float | None
+    ttft_seconds: float
     new_tokens: int
 
 
@@ -54,7 +54,7 @@ COMPARED = (
     Measure("setup", "setup_seconds"),
     Measure("generation", "generation_seconds"),
     Measure("total", "total_script_seconds"),
-    Measure("gen_tps", "generation_tokens_per_second", brief=False),
+    Measure("gen_tps", "generation_tokens_per_second"),
 )
 
 # Compile evidence: name in JSON -> (group, name) in torch._dynamo.utils.counters, the same on 2.9
@@ -78,8 +78,9 @@ COUNTERS = {
     "helpers_built": None,
     "compile_workers": None,
 }
-# compare shows these without --verbose
-BRIEF_COUNTERS = ("unique_graphs", "async_compile_miss", "kernels_compiled")
+# the rows of compare without --verbose
+_COUNTED = ("unique_graphs", "async_compile_miss", "kernels_compiled")
+COMPARED_BRIEFLY = ("setup", "generation", "total", *_COUNTED)
 
 
 def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds: float) -> dict:
@@ -90,20 +91,19 @@ def run_metrics(requests: Sequence[Request], setup_seconds: float, total_seconds
     first, tail = (requests[0] if requests else None), requests[1:]
     generation, tail_seconds = (sum(one.seconds for one in some) for some in (requests, tail))
     tokens, tail_tokens = (sum(one.new_tokens for one in some) for some in (requests, tail))
-    ttft = first.ttft_seconds if first else None
     return {
-        "ttft_cold_start_seconds": None if ttft is None else setup_seconds + ttft,
-        "ttft_after_ready_seconds": ttft,
+        "ttft_cold_start_seconds": setup_seconds + first.ttft_seconds if first else None,
+        "ttft_after_ready_seconds": first.ttft_seconds if first else None,
         "first_request_seconds": first.seconds if first else None,
-        "mean_seconds": _quotient(generation, len(requests)),
-        "tail_mean_seconds": _quotient(tail_seconds, len(tail)),
-        "tokens_per_second_all": _quotient(tokens, generation),
-        "tail_tokens_per_second": _quotient(tail_tokens, tail_seconds),
-        "end_to_end_tokens_per_second": _quotient(tokens, total_seconds),
+        "mean_seconds": quotient(generation, len(requests)),
+        "tail_mean_seconds": quotient(tail_seconds, len(tail)),
+        "tokens_per_second_all": quotient(tokens, generation),
+        "tail_tokens_per_second": quotient(tail_tokens, tail_seconds),
+        "end_to_end_tokens_per_second": quotient(tokens, total_seconds),
         "total_script_seconds": total_seconds,
         "setup_seconds": setup_seconds,
         "generation_seconds": generation if requests else None,
-        "generation_tokens_per_second": _quotient(tokens, generation),
+        "generation_tokens_per_second": quotient(tokens, generation),
     }
 
 
@@ -121,9 +121,9 @@ def decode_seconds_per_token(requests: Sequence[Request]) -> float | None:
     rates = [
         (request.seconds - request.ttft_seconds) / (request.new_tokens - 1)
         for request in (requests[1:] or requests)
-        if request.ttft_seconds is not None and request.new_tokens > 1
+        if request.new_tokens > 1
     ]
-    return _quotient(sum(rates), len(rates))
+    return quotient(sum(rates), len(rates))
 
 
 def succeeded(trials: Iterable[dict], mode: str) -> list[dict]:
@@ -140,11 +140,11 @@ def summarize(values: Iterable[float | None]) -> dict | None:
 
 def ratio(above: dict | None, below: dict | None) -> float | None:
     """Return how many times larger one mean is than another; unknown is None."""
-    return _quotient(above["mean"], below["mean"]) if above and below else None
+    return quotient(above["mean"], below["mean"]) if above and below else None
 
 
-def _quotient(above: float, below: float) -> float | None:
-    # nothing was generated, or nothing clocked: unknown, not 0 and not infinity
+def quotient(above: float | None, below: float | None) -> float | None:
+    """Return above / below, None where nothing was generated or clocked: not 0, not infinity."""
     return above / below if above and below else None
 
 
@@ -189,11 +189,6 @@ class Stages:
         """Book everything since the start that no stage has claimed yet under `name`."""
         rest = self.elapsed() - sum(self.seconds.values())
         self.seconds[name] = self.seconds.get(name, 0.0) + rest
-
-    def split(self, name: str, part: str, seconds: float) -> None:
-        """Book `seconds` of the stage `name` as a stage `part` of its own, right before it."""
-        rest = self.seconds.pop(name) - seconds
-        self.seconds |= {part: seconds, name: rest}
 
     def elapsed(self) -> float:
         return time.monotonic() - self.start

@@ -5,14 +5,10 @@ matplotlib is an optional extra: it is asked for before the trials run, not afte
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import EnvironmentProblemError, UsageError
 from common.measures import succeeded, summarize
 from common.report import mean_stages
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def check_plot(path: Path | None) -> None:
@@ -71,7 +67,7 @@ def cold_starts(document: dict) -> dict[str, dict[str, float]]:
     return starts
 
 
-def _draw_starts(axes: "Axes", starts: dict[str, dict[str, float]]) -> None:
+def _draw_starts(axes, starts: dict[str, dict[str, float]]) -> None:
     ends = dict.fromkeys(starts, 0.0)
     longest = max(sum(stages.values()) for stages in starts.values())
     for name in dict.fromkeys(name for stages in starts.values() for name in stages):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.checkpoints import Checkpoint
 from common.cli import PromptFlags
 from common.errors import UsageError
 
@@ -97,45 +96,23 @@ def prompts_of(flags: PromptFlags, codec: TextCodec, seed: int) -> list[list[int
     return prompts * flags.num_requests
 
 
-class Printer:
-    """Writes the text of requests to stdout while it is generated."""
+def text_printer(codec: TextCodec) -> Callable[[int | None], None]:
+    """Return what prints a text while it is generated: it takes each token id, None at the end."""
+    from tokenizers.decoders import DecodeStream
 
-    def __init__(self, flags: PromptFlags, codec: TextCodec):
-        self._codec = codec
-        # the same prompt again and again is shown once
-        self.shows_all = flags.show_completions or flags.prompts_file is not None
+    # holds back the bytes of a character that is not whole yet
+    stream = DecodeStream(skip_special_tokens=True)
+    token_ids: list[int] = []
+    shown: list[str] = []
 
-    def of_request(self, number: int) -> Callable[[int | None], None]:
-        """Return what takes each new token id of request `number`, and None at its end."""
-        if number > 0 and not self.shows_all:
-            return lambda token_id: None
-        from tokenizers.decoders import DecodeStream
+    def show(token_id: int | None) -> None:
+        if token_id is None:
+            text = codec.decode(token_ids)[len("".join(shown)) :] + "\n"
+        else:
+            token_ids.append(token_id)
+            text = stream.step(codec.tokenizer, token_id)
+        if text:
+            shown.append(text)
+            print(text, end="", flush=True)
 
-        # holds back the bytes of a character that is not whole yet
-        stream = DecodeStream(skip_special_tokens=True)
-        token_ids: list[int] = []
-        shown: list[str] = []
-
-        def show(token_id: int | None) -> None:
-            if token_id is None:
-                text = self._codec.decode(token_ids)[len("".join(shown)) :] + "\n"
-            else:
-                token_ids.append(token_id)
-                text = stream.step(self._codec.tokenizer, token_id)
-            if text:
-                shown.append(text)
-                print(text, end="", flush=True)
-
-        return show
-
-
-def padding_token_id(codec: TextCodec, checkpoint: Checkpoint) -> int:
-    """Return a token id to pad with; masked positions never reach the output."""
-    name = codec.special.get("pad_token")
-    token_id = codec.tokenizer.token_to_id(name) if name else None
-    return next(iter(checkpoint.eos_token_ids), 0) if token_id is None else token_id
-
-
-def bucket_for(length: int, buckets: tuple[int, ...]) -> int | None:
-    """Return the smallest bucket that holds `length` tokens, or None beyond all of them."""
-    return min((bucket for bucket in buckets if bucket >= length), default=None)
+    return show

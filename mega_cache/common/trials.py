@@ -76,14 +76,11 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
         peak_bytes = _wait(process)
         wall_seconds = time.monotonic() - start
         document = json.loads(result.read_bytes()) if result.exists() else None
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         error = None
         if wall_seconds > TIMEOUT_SECONDS:
             error = f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
         elif process.returncode or document is None:
-            error = _describe_end(
-                process.returncode, peak_bytes, lines[-1] if lines else "no message"
-            )
+            error = _describe_end(process.returncode, peak_bytes, log.read_text("utf-8", "replace"))
         return Outcome(wall_seconds, peak_bytes, document, error)
 
 
@@ -123,7 +120,8 @@ def _wait(process: subprocess.Popen) -> int:
     return usage.ru_maxrss * 1024
 
 
-def _describe_end(status: int, peak_bytes: int, last_line: str) -> str:
+def _describe_end(status: int, peak_bytes: int, stderr: str) -> str:
+    last_line = next(filter(str.strip, reversed(stderr.splitlines())), "no message")
     if status == 0:
         return "ended with status 0 but wrote no result"
     if status > 0:

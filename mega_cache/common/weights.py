@@ -9,7 +9,6 @@ carry it through page-locked memory, while the caller works with tensors that ha
     tensors = upload.wait()  # name -> tensor
 """
 
-import ctypes
 import json
 import math
 import os
@@ -57,8 +56,7 @@ class Stored:
 
 def list_checkpoint(folder: Path) -> dict[str, Stored]:
     """Return the folder's tensors by name, from model.safetensors or the shards of its index."""
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
+    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / shards[0]).exists():
         if not index.exists():
             raise FileNotFoundError(f"no {shards[0]} or {index.name} in {folder}")
@@ -117,7 +115,17 @@ def start_upload(
     """
     if device.type != "cuda":
         return Upload(_map_files(stored, dtype))
-    places = _make_places(stored, device, dtype)
+    dtypes = {one: target_dtype(one, dtype) for one in stored.values()}
+    offsets, total = {}, 0
+    for one, kind in dtypes.items():
+        offsets[one] = total
+        total += -(-one.count * kind.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    # zeros, not empty: a warm-up before the bytes are there computes with ordinary numbers
+    pool = torch.zeros(total, dtype=torch.uint8, device=device)
+    places = {}
+    for one, kind in dtypes.items():
+        raw = pool[offsets[one] :][: one.count * kind.itemsize]
+        places[one] = raw.view(kind).view(one.shape)
     upload = Upload({name: places[one] for name, one in stored.items()})
     # the zeros are written by work that is queued on this stream
     ready = torch.cuda.current_stream(device).record_event()
@@ -146,32 +154,12 @@ def _map_files(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[
         for path in {one.path for one in stored.values()}
     }
     views = {}
-    for one in stored.values():
+    for one in set(stored.values()):
         raw = torch.empty(0, dtype=torch.uint8).set_(files[one.path], one.begin, (one.nbytes,))
         if one.begin % one.dtype.itemsize:
             raw = raw.clone()  # writers align tensors, the format does not demand it
-        views[one] = raw.view(one.dtype).view(one.shape)
-    return {name: views[one].to(target_dtype(one, dtype)) for name, one in stored.items()}
-
-
-def _make_places(
-    stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
-) -> dict[Stored, torch.Tensor]:
-    """Return a tensor of zeros for each, all cut from one allocation."""
-    offsets, total = {}, 0
-    for one in stored.values():
-        if one not in offsets:
-            offsets[one] = total
-            length = one.count * target_dtype(one, dtype).itemsize
-            total += -(-length // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    # zeros, not empty: a warm-up before the bytes are there computes with ordinary numbers
-    pool = torch.zeros(total, dtype=torch.uint8, device=device)
-    places = {}
-    for one, begin in offsets.items():
-        kind = target_dtype(one, dtype)
-        raw = pool[begin : begin + one.count * kind.itemsize]
-        places[one] = raw.view(kind).view(one.shape)
-    return places
+        views[one] = raw.view(one.dtype).view(one.shape).to(target_dtype(one, dtype))
+    return {name: views[one] for name, one in stored.items()}
 
 
 def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -208,10 +196,8 @@ def _read(work: SimpleQueue, device: torch.device, ready, failures: list[Excepti
 
 def _read_into(descriptor: int, buffer: torch.Tensor, begin: int) -> None:
     """Fill a host tensor of bytes from the file. preadv lets go of the GIL."""
-    length = buffer.numel()
-    target = memoryview((ctypes.c_char * length).from_address(buffer.data_ptr())).cast("B")
-    done = 0
-    while done < length:
+    target, done = buffer.numpy(), 0
+    while done < len(target):
         count = os.preadv(descriptor, [target[done:]], begin + done)
         if count == 0:
             raise OSError(f"the file of weights ended at byte {begin + done} while it was read")

@@ -30,10 +30,7 @@ def register() -> None:
 
 @contextmanager
 def from_first_slot() -> Iterator[None]:
-    """Promise that prompts in here start in slot 0 of their cache, without padding.
-
-    A host's knowledge: without it, prefill would have to ask the device or take a mask.
-    """
+    """Promise that prompts in here are unpadded: prefill needs no mask, nor to ask the device."""
     token = _unpadded.set(True)
     try:
         yield
@@ -55,11 +52,8 @@ def attention(
     seen, kv_heads = attention_mask, key.shape[1]
     if length == 1:
         rows = query.reshape(batch, kv_heads, -1, width)  # (batch, kv_heads, group, head_dim)
-        if key.is_cuda:
-            out = attend_in_sums(rows, key, value, seen, scaling)
-        else:
-            out = scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
-        out = out.reshape(batch, heads, 1, width)
+        attend = attend_in_sums if key.is_cuda else scaled_dot_product_attention
+        out = attend(rows, key, value, attn_mask=seen, scale=scaling).reshape(query.shape)
     elif seen is None:
         key, value = key[:, :, :length], value[:, :, :length]  # the rest of the cache is empty
         out = scaled_dot_product_attention(
@@ -73,7 +67,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def attend_in_sums(rows: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float):
+def attend_in_sums(rows: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float):
     """Return what SDPA returns for these rows, (batch, kv_heads, group, head_dim).
 
     SDPA's kernels give a block of rows to one processor: 8 KV heads are 8 of an H200's 132, each
@@ -82,14 +76,14 @@ def attend_in_sums(rows: Tensor, key: Tensor, value: Tensor, seen: Tensor, scali
     product of bfloat16 would round the scores.
     """
     scores = (rows.float().unsqueeze(3) * key.unsqueeze(2)).sum(-1)  # (.., group, slots)
-    weights = (scores * scaling).masked_fill(~seen, float("-inf")).softmax(-1)
+    weights = (scores * scale).masked_fill(~attn_mask, float("-inf")).softmax(-1)
     return (weights.unsqueeze(-1) * value.unsqueeze(2)).sum(3).to(rows.dtype)
 
 
 def mask(
-    batch_size: int,
     kv_length: int,
-    attention_mask: Tensor | None = None,  # (batch, tokens so far), the query's included
+    # (batch, tokens so far), the query's included; transformers 5 leaves out a prompt's of all ones
+    attention_mask: Tensor | None = None,
     cache_position: Tensor | None = None,  # transformers 4.57
     q_length: int | None = None,  # transformers 5, with the next two
     q_offset: int | Tensor = 0,
@@ -99,15 +93,10 @@ def mask(
     """Return which slots a query sees, (batch, 1, query, slots) bool; None: causal from slot 0."""
     if cache_position is None:
         cache_position = torch.arange(q_length, device=device) + q_offset
-    q_length = len(cache_position)
-    if q_length > 1 and _unpadded.get():
+    if len(cache_position) > 1 and _unpadded.get():
         return None
-    if attention_mask is None:
-        slots = torch.arange(kv_length, device=cache_position.device)
-        seen = slots <= cache_position[:, None]  # (query, slots)
-        return seen.expand(batch_size, 1, q_length, kv_length)
-    if q_length == 1:
-        missing = kv_length - attention_mask.shape[1]
-        return pad(attention_mask, (0, missing))[:, None, None]
-    slots = torch.arange(attention_mask.shape[1], device=cache_position.device)
-    return (slots <= cache_position[:, None]) & attention_mask[:, None, None]
+    tokens = kv_length if attention_mask is None else attention_mask.shape[1]
+    if len(cache_position) == 1 and attention_mask is not None:
+        return pad(attention_mask, (0, kv_length - tokens))[:, None, None]
+    seen = torch.arange(tokens, device=cache_position.device) <= cache_position[:, None]
+    return seen[None, None] if attention_mask is None else seen & attention_mask[:, None, None]

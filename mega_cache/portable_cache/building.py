@@ -8,22 +8,16 @@ from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
 
+from common import compile_counts, errors, report, toolchain, trials, weights
 from common.artifacts import ArtifactPair, write_pair
 from common.cli import Console
-from common.compile_counts import read_counts, watch_compilation
-from common.errors import ScriptError
 from common.manifest import SCHEMA, Manifest
 from common.measures import Stages, process_start
 from common.prompts import TextCodec, load_codec
-from common.report import environment
 from common.target import Target, choose_target
-from common.toolchain import prepare_toolchain
-from common.trials import run_trial
-from common.weights import list_checkpoint, start_upload
-from portable_cache import attention, bundle, decode_ahead, generation, hits
-from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings
+from portable_cache import attention, bundle, decode_ahead, generation, hits, verification
+from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
 from portable_cache.recipe import recipe
-from portable_cache.verification import check_margin, largest_margin
 
 _VERIFY_TOKENS = 8
 
@@ -41,8 +35,9 @@ class Builder:
 
     def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
         """Raise ScriptError unless eager would have gone on like this."""
-        margin = largest_margin(self.eager, prompt, token_ids)
-        check_margin(f"a KV cache of {slots} slots", margin, self.target.dtype_name)
+        margin = verification.largest_margin(self.eager, prompt, token_ids)
+        what = f"a KV cache of {slots} slots"
+        verification.check_margin(what, margin, self.target.dtype_name)
 
 
 def build(settings: BuildSettings, console: Console) -> dict:
@@ -53,12 +48,13 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.configure()
     bundle.watch()
     target = choose_target(settings.shared, console)
-    prepare_toolchain(target.device, host_code=False, console=console)
-    watch_compilation()
+    toolchain.prepare_toolchain(target.device, host_code=False, console=console)
+    compile_counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
     folder = target.checkpoint.folder
-    tensors = start_upload(list_checkpoint(folder), target.device, target.dtype).wait()
+    stored = weights.list_checkpoint(folder)
+    tensors = weights.start_upload(stored, target.device, target.dtype).wait()
     model = generation.make_model(target, tensors, attention.NAME)
     eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
     builder = Builder(settings, console, target, load_codec(folder), model, eager)
@@ -77,7 +73,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
         schema=SCHEMA,
         approach=APPROACH,
         model=target.describe_model(),
-        environment=environment(),
+        environment=report.environment(),
         recipe=recipe(settings.compilation, target.device),
         file={},  # known once it is written
         build_seconds=stages.elapsed(),
@@ -98,52 +94,46 @@ def build(settings: BuildSettings, console: Console) -> dict:
 
 def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     """Generate once from a prompt of `length` tokens; return what it took and compiled."""
-    model, seed, watch = builder.model, builder.settings.shared.seed, watch_compilation()
+    model, seed, flags = builder.model, builder.settings.shared.seed, builder.settings.compilation
     prompt = builder.codec.synthetic_prompt(length, seed)
-    flags = builder.settings.compilation
     # the second one is the first that is decoded; the last takes no slot
     new_tokens = max(2, min(flags.decode_length, slots - length))
     generation.configure_generation(model, flags, new_tokens)
-    before, began = read_counts(watch), time.monotonic()
-    token_ids = generation.make_generate(model, cache, seed)(prompt, lambda token_id: None)
-    seconds, after = time.monotonic() - began, read_counts(watch)
-    graphs, kernels = (after[of] - before[of] for of in ("unique_graphs", "kernels_compiled"))
+    generate = generation.make_generate(model, cache, seed)
+    watch = compile_counts.watch_compilation()
+    before, began = compile_counts.read_counts(watch), time.monotonic()
+    token_ids = generate(prompt, lambda token_id: None)
+    seconds, after = time.monotonic() - began, compile_counts.read_counts(watch)
+    compiled = {name: after[name] - before[name] for name in ("unique_graphs", "kernels_compiled")}
     builder.console.say(
-        f"  cache of {slots} slots, prompt of {length} tokens: {graphs} graph(s), "
-        f"{kernels} kernel(s) compiled in {seconds:.1f} s"
+        f"  cache of {slots} slots, prompt of {length} tokens: {compiled['unique_graphs']} "
+        f"graph(s), {compiled['kernels_compiled']} kernel(s) compiled in {seconds:.1f} s"
     )
     builder.check(slots, prompt, token_ids)
-    return {
-        "slots": slots, "prompt": length, "seconds": seconds, "unique_graphs": graphs,
-        "kernels_compiled": kernels,
-    }  # fmt: skip
+    return {"slots": slots, "prompt": length, "seconds": seconds, **compiled}
 
 
-def compile_ahead(builder: Builder, cache: Cache) -> decode_ahead.ExportedStep | None:
+def compile_ahead(builder: Builder, cache: Cache) -> decode_ahead.SavedStep | None:
     """Compile the decode step for this cache ahead of time, where this stack can."""
-    model = builder.model
-    generation.forget_compiled_state(model)
+    generation.forget_compiled_state(builder.model)
     try:
-        call = decode_ahead.capture_decode_call(model, cache)
-        return decode_ahead.export(model, cache, call, builder.settings.compilation.compile_mode)
-    except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
+        mode = builder.settings.compilation.compile_mode
+        return decode_ahead.export(builder.model, cache, mode)
+    except decode_ahead.FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         builder.console.warn(f"no decode step compiled ahead, runs will trace: {reason[0]}")
         return None
 
 
 def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
-    """Load the artifact in a fresh process per cache length, where everything must hit.
-
-    The tokens of that process must be eager's.
-    """
+    """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
     shared = builder.settings.shared
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
-        pair = ArtifactPair(Path(folder, "cache.bin"), Path(folder, "cache_meta.json"))
-        write_artifact(pair, manifest, blob)
+        files = CacheFileFlags(Path(folder, "cache.bin"))
+        write_artifact(files.pair(), manifest, blob)
         same = [
             f"--model-id={shared.model_id}", f"--device={shared.device}", f"--dtype={shared.dtype}",
-            f"--seed={shared.seed}", f"--cache-path={pair.path}", "--trust-artifact",
+            f"--seed={shared.seed}", f"--cache-path={files.cache_path}", "--trust-artifact",
             "--load-artifacts", "--require-hit", "--ignore-eos",
         ]  # fmt: skip
         lengths = builder.settings.compilation.cache_lengths()
@@ -153,9 +143,9 @@ def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
             if str(slots) in manifest.details["decode_steps"]:
                 own.append("--precompile")
-            outcome = run_trial([str(RUN_SCRIPT), *same, *own])
+            outcome = trials.run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
-                raise ScriptError(f"the artifact does not hit: {outcome.error}")
+                raise errors.ScriptError(f"the artifact does not hit: {outcome.error}")
             builder.check(slots, prompt, outcome.document["output"]["token_ids"])
 
 

@@ -16,10 +16,10 @@ A blob is code (pickles and native code): whoever calls `load_bundle` has decide
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,8 +41,6 @@ _KEYS = {
     cpu_kernels.KIND: cpu_kernels.KEY,
 }
 
-Entries = Mapping[str, list[CacheArtifact]]
-
 # What is wrong with a blob is said in one line by us, not in a traceback by torch.
 logging.getLogger(CacheArtifact.__module__).setLevel(logging.ERROR)
 
@@ -59,17 +57,14 @@ class _BoundedReader(_appending_byte_serializer.BytesReader):
 _appending_byte_serializer.BytesReader = _BoundedReader
 
 
-@dataclass(frozen=True)
-class SavedBundle:
+class SavedBundle(NamedTuple):
     blob: bytes
-    entries: dict[str, int]  # number of entries by kind
+    entries: dict[str, int]  # number of entries by kind, decode steps as one of their own
 
 
-@dataclass(frozen=True)
-class LoadedBundle:
-    entries: dict[str, int]
-    decode_steps: dict[int, bytes] = field(repr=False)  # by slots of the KV cache
-    restored: set[Path] = field(repr=False)  # kernels that don't count as compiled
+class LoadedBundle(NamedTuple):
+    decode_steps: dict[int, bytes]  # by slots of the KV cache
+    restored: set[Path]  # kernels that don't count as compiled
 
 
 def check_caches_are_on() -> None:
@@ -86,10 +81,7 @@ def check_caches_are_on() -> None:
 
 
 def configure() -> None:
-    """Make every kernel one that can be saved as it ran: at a build and at a run alike.
-
-    Part of the cache's keys, so before the first compile.
-    """
+    """Make every kernel one that can be saved as it ran; part of the keys of build and run."""
     from torch._inductor import config
 
     # Triton cuts the name of a kernel's file at 150 characters, and then torch doesn't find the
@@ -122,17 +114,19 @@ def save_bundle(decode_steps: dict[int, bytes] | None = None) -> SavedBundle:
         ]
     tuned_kernels.check_all_pinned()
     cpu_kernels.save_kernels()
-    files = {f"decode_step/{slots}": step for slots, step in (decode_steps or {}).items()}
     if tuned_kernels.ran:
         # The C module that Triton builds with gcc in every process that has a kernel to run.
         # Private (Triton 3.5 to 3.7): it is in no table, but its functions know it.
         from triton.runtime import driver
 
         helper = Path(driver.active.utils.load_binary.__self__.__file__)
-        files[f"triton/0/{helper.parent.name}/{helper.name}"] = helper.read_bytes()
-    for key, content in files.items():
-        entries["autotune"].append(PlainFile(key, content))
-    counts = _count(entries)
+        key = f"triton/0/{helper.parent.name}/{helper.name}"
+        entries["autotune"].append(PlainFile(key, helper.read_bytes()))
+    counts = {kind: len(found) for kind, found in entries.items()}
+    if decode_steps:
+        counts["decode_step"] = len(decode_steps)
+        for slots, content in decode_steps.items():
+            entries["autotune"].append(PlainFile(f"decode_step/{slots}", content))
     blob, _ = CacheArtifactManager.serialize()
     return SavedBundle(blob, counts)
 
@@ -174,21 +168,10 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     # Spare this process the pool of workers that any CUDA graph wakes, and whose end it would wait
     # for: what must be compiled all the same is compiled in here. Not part of the cache's keys.
     config.compile_threads = 1
-    restored = {*cpu_kernels.prebuilt.values(), *helpers}
-    return LoadedBundle(_count(entries), decode_steps, restored)
+    return LoadedBundle(decode_steps, restored={*cpu_kernels.prebuilt.values(), *helpers})
 
 
-def _count(entries: Entries) -> dict[str, int]:
-    """Return the number of entries by kind, decode steps as one of their own."""
-    kinds = (
-        "decode_step" if _DECODE_STEP.fullmatch(entry.key) else kind
-        for kind, found in entries.items()
-        for entry in found
-    )
-    return dict(Counter(kinds))
-
-
-def _check(entries: Entries) -> None:
+def _check(entries: Mapping[str, list[CacheArtifact]]) -> None:
     """Raise unless every entry has a name that a build writes and its kernels run here."""
     if not entries.get("inductor") or not all(entries.values()):
         raise ArtifactDamagedError("the blob holds no compiled graph: build it again")

@@ -38,14 +38,16 @@ class KernelFile(CacheArtifact):
     """One shared object, its key "digest/folder/file"; or, first of all, BUILT_FOR."""
 
     def populate_cache(self) -> None:
+        # Private: the only way to ask for the default folder; the same modules on 2.9 to 2.13.
         from torch._inductor.codecache import write_atomic
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         if self.key == BUILT_FOR:
             check_runs_here(self.content)
             record()
         else:
             digest, _, name = self.key.partition("/")
-            prebuilt[digest] = _cache_root() / name
+            prebuilt[digest] = Path(cache_dir()).resolve() / name
             # no reader ever sees half a file, nor a mapped one change
             write_atomic(str(prebuilt[digest]), self.content, make_dirs=True)
 
@@ -54,23 +56,15 @@ class KernelFile(CacheArtifact):
         return KIND
 
 
-def _cache_root() -> Path:
-    # Private: the only way to ask for the default folder; same module on 2.9 to 2.13.
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()).resolve()
-
-
-# ---- what a kernel runs on ---------------------------------------------------------------
-
-
-def cpu_features() -> set[str]:
-    """Return the instruction-set extensions of this processor; empty where unknown."""
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^(flags|Features)\s*:(.*)", file.read_text() if file.exists() else "", re.M)
-    words = found[2].split() if found else ()
-    # aarch64 lists nothing but extensions
-    return {word for word in words if found[1] == "Features" or CODE_FEATURES.match(word)}
+def save_kernels() -> None:
+    """Put the kernels that this process loaded into the mega-cache that is saved next."""
+    if _recorded:
+        # first: it refuses before anything is written
+        built_for = f"{STACK}\n{' '.join(sorted(cpu_features()))}".encode()
+        CacheArtifactManager.record_artifact(KIND, BUILT_FOR, built_for)
+    for digest, path in _recorded.items():
+        key = "/".join((digest, *path.parts[-2:]))
+        CacheArtifactManager.record_artifact(KIND, key, path.read_bytes())
 
 
 def check_runs_here(built_for: bytes) -> None:
@@ -85,7 +79,12 @@ def check_runs_here(built_for: bytes) -> None:
         )
 
 
-# ---- the one door to a kernel ------------------------------------------------------------
+def cpu_features() -> set[str]:
+    """Return the instruction-set extensions of this processor; empty where unknown."""
+    found = re.search(r"^(flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    words = found[2].split() if found else ()
+    # aarch64 lists nothing but extensions
+    return {word for word in words if found[1] == "Features" or CODE_FEATURES.match(word)}
 
 
 @functools.cache
@@ -94,7 +93,7 @@ def record() -> None:
 
     Wraps the one door through which inductor's generated code gets its CPU kernels, the
     private `CppPythonBindingsCodeCache.load_pybinding_async` (2.9 to 2.13; on 2.13 with two
-    more parameters). It returns a function that returns the kernel. Calling twice is harmless.
+    more parameters). It returns a function that returns the kernel.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
 
@@ -102,7 +101,12 @@ def record() -> None:
     signature = inspect.signature(stock)
 
     def load_pybinding_async(cls, *args, **kwargs):
-        digest = _kernel_digest(cls.__name__, signature.bind(cls, *args, **kwargs))
+        call = signature.bind(cls, *args, **kwargs)
+        call.apply_defaults()
+        # The source's own name: torch's hashes the compiler's command line, and to get that it
+        # probes the instruction sets and runs `g++ --version`. BUILT_FOR guards what is left out.
+        source = {k: v for k, v in call.arguments.items() if k not in ("cls", "submit_fn")}
+        digest = hashlib.sha256(repr((cls.__name__, sorted(source.items()))).encode()).hexdigest()
         get_kernel = None if digest in prebuilt else stock(cls, *args, **kwargs)
 
         def load():
@@ -114,31 +118,9 @@ def record() -> None:
             else:
                 kernel = get_kernel()
             # a builtin's self is its module
-            _recorded[digest] = Path(kernel.__self__.__file__).resolve()
+            _recorded[digest] = Path(kernel.__self__.__file__)
             return kernel
 
         return load
 
     Cache.load_pybinding_async = classmethod(load_pybinding_async)
-
-
-def _kernel_digest(owner: str, call: inspect.BoundArguments) -> str:
-    """Return a name for a kernel's source that no folder, compiler or flag goes into.
-
-    torch's own name hashes the compiler's command line, and to get that it probes the
-    instruction sets and runs `g++ --version`. BUILT_FOR guards what the name leaves out.
-    """
-    call.apply_defaults()
-    source = {k: v for k, v in call.arguments.items() if k not in ("cls", "submit_fn")}
-    return hashlib.sha256(repr((owner, sorted(source.items()))).encode()).hexdigest()
-
-
-def save_kernels() -> None:
-    """Put the kernels that this process loaded into the mega-cache that is saved next."""
-    if _recorded:
-        # first: it refuses before anything is written
-        built_for = f"{STACK}\n{' '.join(sorted(cpu_features()))}".encode()
-        CacheArtifactManager.record_artifact(KIND, BUILT_FOR, built_for)
-    for digest, path in _recorded.items():
-        key = f"{digest}/{path.relative_to(_cache_root()).as_posix()}"
-        CacheArtifactManager.record_artifact(KIND, key, path.read_bytes())

@@ -1,9 +1,8 @@
 """Compile the decode step of `generate` ahead of time, and hand it to `generate` in a new process.
 
 A step belongs to one KV cache length, so there is one for each, side by side in the bundle, without
-the weights. A loaded start traces nothing, builds no guards and runs no Inductor. Dynamo's guards
-are dropped at export: half of them cannot be written to a file (object identities). What stands in
-for them is the contract, in the artifact's metadata (decode_contract).
+the weights. A loaded start traces nothing, runs no Inductor and builds no guards: they are dropped
+at export, and the contract in the artifact's metadata stands in for them (decode_contract).
 
 Seen on torch 2.9.1 with transformers 4.57.5 and on torch 2.13.0 with transformers 5.23.0, on CPU.
 """
@@ -14,30 +13,24 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.compiler._cache import CacheArtifactManager
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from portable_cache import saved_graphs
 from portable_cache.decode_contract import PrecompileMismatch, check, of_call, of_process
 
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
-# how a torch that cannot do it says so: private API that moved, or a graph it cannot write
+# how a torch that cannot do it says so: private API that moved, or a graph it cannot write; and
+# PrecompileMismatch, a RuntimeError
 FAILURES = (RuntimeError, AttributeError, TypeError, ImportError, pickle.PickleError, EOFError)
 
-# what `generate` passes to its decode function: its tensors, and the contract of all
-DecodeCall = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class ExportedStep:
+class SavedStep(NamedTuple):
     """A compiled decode step, and what has to hold wherever it is used."""
 
     content: bytes
@@ -106,7 +99,7 @@ class StaticInductor(torch._TorchCompileInductorWrapper):  # aot_compile asks fo
         return super().__call__(graph_module, inputs)
 
 
-def install(model: "PreTrainedModel", decode: Callable[..., Any]) -> None:
+def install(model: PreTrainedModel, decode: Callable[..., Any]) -> None:
     """Make `generate` use `decode` for its decode steps; prefill and all else stay as they are."""
     # an instance attribute hides the class's method, on 4.57 and 5.x
     model.get_compiled_call = lambda compile_config: decode
@@ -115,13 +108,13 @@ def install(model: "PreTrainedModel", decode: Callable[..., Any]) -> None:
 # ---- build -------------------------------------------------------------------------------
 
 
-def capture_decode_call(model: "PreTrainedModel", cache: "Cache") -> DecodeCall:
-    """Return the first decode call that `generate` makes, by asking `generate` itself.
+def capture_decode_call(model: PreTrainedModel, cache: Cache) -> tuple[dict, dict]:
+    """Return what `of_call` says of the first decode call that `generate` makes, by asking it.
 
-    Its arguments differ by version. Leaves the cache reset; raises PrecompileMismatch when
+    The arguments differ by version. Leaves the cache reset; raises PrecompileMismatch when
     `generate` would not compile.
     """
-    calls: list[DecodeCall] = []
+    calls = []
 
     def note(**kwargs: Any) -> Any:
         calls.append(of_call(**kwargs))
@@ -135,8 +128,7 @@ def capture_decode_call(model: "PreTrainedModel", cache: "Cache") -> DecodeCall:
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
-            max_new_tokens=2,
-            min_new_tokens=2,  # an early end of sequence would leave no decode call to note
+            max_new_tokens=2,  # the second one is decoded
         )
     finally:
         del model.get_compiled_call
@@ -146,38 +138,33 @@ def capture_decode_call(model: "PreTrainedModel", cache: "Cache") -> DecodeCall:
     return calls[0]
 
 
-def export(model: "PreTrainedModel", cache: "Cache", call: DecodeCall, mode: str) -> ExportedStep:
+def export(model: PreTrainedModel, cache: Cache, mode: str) -> SavedStep:
     """Compile the decode step and return it, without weights, cache and guards.
 
     Runs the step: Triton picks its configurations at the first run, not at compilation.
     """
     from torch._dynamo import config
 
-    tensors, contract_of_call = call
-    step = DecodeStep(model, cache, contract_of_call["constants"])
-    options = {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
+    tensors, call = capture_decode_call(model, cache)
+    step = DecodeStep(model, cache, call["constants"])
+    options = torch._inductor.list_mode_options(mode)
     # a CUDA graph is captured around the whole step, here and at a load alike
-    cudagraphs = bool(options.pop("triton.cudagraphs", False)) and model.device.type == "cuda"
-    contract = {
-        "process": of_process(model, cache),
-        "call": contract_of_call,
-        "cudagraphs": cudagraphs,
-    }
-    with torch.no_grad():  # as `generate` runs it
-        # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
-        # would record the step among the graphs too, under a key nobody looks up (1 MB a length)
-        with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
-            compiled = torch._dynamo.optimize(
-                backend=StaticInductor("default", options, False),
-                nopython=True,
-                dynamic=False,
-                guard_filter_fn=lambda guards: [False] * len(guards),
-            )(step)
-            function = compiled.forward.aot_compile(((tensors,), {}))
-        run = partial(function, step)
-        run(tensors)
-        if cudagraphs:
-            GraphedStep(run, tensors)
+    cudagraphs = options.pop("triton.cudagraphs", False) and model.device.type == "cuda"
+    contract = {"process": of_process(model, cache), "call": call, "cudagraphs": cudagraphs}
+    # read when the wrapper is made: without it there is no aot_compile. The fresh cache: torch
+    # would record the step among the graphs too, under a key nobody looks up (1 MB a length)
+    with config.patch(enable_aot_compile=True), CacheArtifactManager.with_fresh_cache():
+        compiled = torch._dynamo.optimize(
+            backend=StaticInductor("default", options, False),
+            nopython=True,
+            dynamic=False,
+            guard_filter_fn=lambda guards: [False] * len(guards),
+        )(step)
+        function = compiled.forward.aot_compile(((tensors,), {}))
+    run = partial(function, step)
+    run(tensors)
+    if cudagraphs:
+        GraphedStep(run, tensors)
     cache.reset()
     graph = function._artifacts.compiled_fn
     if "data" in vars(graph):  # 2.9.1 pickles the graph when it compiles, not when it is asked
@@ -185,29 +172,29 @@ def export(model: "PreTrainedModel", cache: "Cache", call: DecodeCall, mode: str
     with saved_graphs.load_ready():
         saved = type(function).serialize(function)
     # as save_compiled_function does; 2.9.1 returns bytes, 2.13 a result that holds them
-    return ExportedStep(saved if isinstance(saved, bytes) else saved.serialized_data, contract)
+    return SavedStep(saved if isinstance(saved, bytes) else saved.serialized_data, contract)
 
 
 # ---- run ---------------------------------------------------------------------------------
 
 
-def load(
-    content: bytes, contract: dict[str, Any], model: "PreTrainedModel", cache: "Cache"
-) -> Callable[..., CausalLMOutputWithPast]:
+def load(saved: SavedStep, model: PreTrainedModel, cache: Cache) -> Callable[..., Any]:
     """Return a decode function for `generate`, bound to this process's model and cache.
 
-    `content` is code: its origin must have been checked. Raises PrecompileMismatch before any of it
-    is unpickled if it was built for something else. With CUDA graphs the first call captures one.
+    What was saved is code: its origin must have been checked. Raises PrecompileMismatch before any
+    of it is unpickled if it was built for something else. With CUDA graphs the first call captures
+    one.
     """
     import torch._inductor.debug  # a compiled graph asks it at every call, and 2.9.1 forgets to
     from torch._inductor import config
 
+    contract = saved.contract
     check(contract["process"], of_process(model, cache))
     # deserialisation reads the global setting, whatever the step was compiled with
     with config.patch({"triton.cudagraphs": False}), _without_the_compiler():
         # `fn`: without the guard check of AOTCompiledFunction.__call__, in which 2.9.1 keeps
         # GLOBAL_STATE whatever the filter says; what of that can differ here is in `of_process`
-        function = torch.compiler.load_compiled_function(io.BytesIO(content)).fn
+        function = torch.compiler.load_compiled_function(io.BytesIO(saved.content)).fn
     run = partial(function, DecodeStep(model, cache, contract["call"]["constants"]))
 
     def decode(**kwargs: Any) -> CausalLMOutputWithPast:

@@ -1,8 +1,9 @@
 """What stands in for Dynamo's guards once a decode step is compiled ahead of time.
 
-Guards cannot be written to a file. What they protect from can be said as plain data: the contract.
-It is made at the build, kept as JSON in the artifact's metadata, and compared at load (of_process)
-and at every call (of_call). torch, transformers and the GPU are compared with the whole artifact.
+Half of them cannot be written to a file (object identities). What they protect from can be said as
+plain data: the contract. It is made at the build, kept as JSON in the artifact's metadata, and
+compared at load (of_process) and at every call (of_call). torch, transformers and the GPU are
+compared with the whole artifact.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from torch import nn
 from portable_cache import attention
 
 
-class PrecompileMismatch(ValueError):
+class PrecompileMismatch(RuntimeError):
     """The precompiled step was built for something else; the message says found and expected."""
 
 
@@ -57,7 +58,6 @@ def of_process(model: nn.Module, cache: Any) -> dict[str, Any]:
         for named in (model.named_parameters, model.named_buffers)
         for name, tensor in named(remove_duplicate=False)
     ]
-    source = Path(attention.__file__).read_text()
     layers = {
         f"{type(layer).__qualname__} {_form(layer.keys)} {_form(layer.values)}"
         for layer in cache.layers
@@ -71,15 +71,16 @@ def of_process(model: nn.Module, cache: Any) -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "config": _digest(config),
         # private, and in neither version part of to_dict(); the step holds that file's code
-        "attention": [model.config._attn_implementation, _digest(source)],
+        "attention": [
+            model.config._attn_implementation,
+            _digest(Path(attention.__file__).read_text()),
+        ],
         "weights": _digest(weights),
         "cache": [type(cache).__qualname__, *sorted(layers)],
     }
 
 
-def _form(tensor: torch.Tensor | None) -> list[Any]:
-    if tensor is None:  # of a cache that has none before its first token: an offloaded one
-        return []
+def _form(tensor: torch.Tensor) -> list[Any]:
     # strides say nothing in a dimension of size 1, so contiguity is compared in their place
     return [list(tensor.shape), str(tensor.dtype), str(tensor.device), tensor.is_contiguous()]
 

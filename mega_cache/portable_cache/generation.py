@@ -6,12 +6,12 @@ prompt as long as the KV cache keeps its length, which is why caches are made he
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import transformers
 from transformers import Cache, PreTrainedModel
 
-from common.cli import SamplingFlags
 from common.errors import UsageError
 from common.serve import Generate, TokenStreamer
 from common.target import Target
@@ -46,14 +46,12 @@ def make_model(
 
 
 def configure_generation(
-    model: PreTrainedModel,
-    flags: CompileFlags | None,
-    max_new_tokens: int,
-    eos_token_ids: tuple[int, ...] = (),
-    padding_id: int = 0,
-    sampling: SamplingFlags | None = None,
+    model: PreTrainedModel, flags: CompileFlags | None, max_new_tokens: int, **choices: Any
 ) -> None:
-    """Set every choice of `generate`, none is left to the checkpoint; `flags` None is eager."""
+    """Set every choice of `generate`, none is left to the checkpoint; `flags` None is eager.
+
+    `choices` are those of GenerationConfig: what stops, how tokens are sampled.
+    """
     compiling = flags and transformers.CompileConfig(
         fullgraph=flags.fullgraph, dynamic=DYNAMIC[flags.compile_dynamic], mode=flags.compile_mode
     )
@@ -66,11 +64,10 @@ def configure_generation(
             torch._dynamo.config.specialize_float = True
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_token_ids) or None,
-        pad_token_id=padding_id,
         compile_config=compiling,
         disable_compile=compiling is None,
-        **({"do_sample": True, **vars(sampling)} if sampling and sampling.temperature else {}),
+        pad_token_id=0,  # padding is masked
+        **choices,
     )
 
 
@@ -99,14 +96,14 @@ def make_generate(
         if cache is not None:
             cache.reset()  # its slots and its length are the last request's
         padding = padded(prompt) - len(prompt)
-        ids = [model.generation_config.pad_token_id] * padding + prompt
+        ids = [0] * padding + prompt
         mask = [0] * padding + [1] * len(prompt)
         with nullcontext() if padding else attention.from_first_slot():
             output = model.generate(
                 torch.tensor([ids], device=model.device),  # (1, padded length) int64
                 attention_mask=torch.tensor([mask], device=model.device),  # the same shape
                 streamer=TokenStreamer(on_token),
-                **({} if cache is None else {"past_key_values": cache}),
+                past_key_values=cache,
             )  # (1, padded length + new tokens) int64
         return output[0, len(ids) :].tolist()
 

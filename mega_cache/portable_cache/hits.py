@@ -34,13 +34,11 @@ def watch_lookups() -> list[Lookup]:
     lookups: list[Lookup] = []
     stock_lookup, stock_load = AOTAutogradCache._lookup, FxGraphCache.load_with_key
 
-    @functools.wraps(stock_lookup)
     def lookup(key, *args, **kwargs):
         found = stock_lookup(key, *args, **kwargs)
         lookups.append(Lookup("aot_autograd", key, found is not None, {}))
         return found
 
-    @functools.wraps(stock_load)
     def load_with_key(key, debug_lines, *args, **kwargs):
         graph, info = stock_load(key, debug_lines, *args, **kwargs)
         parts = [part for line in debug_lines if (part := _COMPONENT.fullmatch(line))]

@@ -5,14 +5,10 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from common.artifacts import open_verified, read_blob
+from common import artifacts, compile_counts, manifest, report, toolchain
 from common.cli import Console
-from common.compile_counts import Watch, compiled_kernels, watch_compilation
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
-from common.manifest import describe, differences, raise_if_different
-from common.report import environment
 from common.target import Target
-from common.toolchain import prepare_toolchain
 from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, RunSettings
 from portable_cache.recipe import find_differences
@@ -22,41 +18,42 @@ from portable_cache.recipe import find_differences
 class Compiler:
     """What is watched of the compiler, and what an artifact brought, if one was loaded."""
 
-    watch: Watch
+    watch: compile_counts.Watch
     lookups: list[hits.Lookup]  # of this process: it grows
     built: list[hits.Lookup] = field(default_factory=list)  # those of the build
-    step: tuple[bytes, dict] | None = None  # the precompiled decode step: content, contract
+    step: decode_ahead.SavedStep | None = None
     artifact: dict[str, Any] | None = None  # as the result tells it
 
     def load(self, settings: RunSettings, target: Target, slots: int, console: Console) -> None:
         """Check the artifact against this run, then load it; each doubt is an error of its kind."""
         bundle.check_caches_are_on()
         pair, flags = settings.files.pair(), settings.compilation
-        with open_verified(pair, APPROACH, settings.trust, console) as verified:
-            manifest = verified.manifest
-            raise_if_different(pair.path, find_differences(manifest, target, flags))
+        with artifacts.open_verified(pair, APPROACH, settings.trust, console) as verified:
+            built = verified.manifest
+            manifest.raise_if_different(pair.path, find_differences(built, target, flags))
             if slots not in flags.cache_lengths():
                 raise ArtifactMismatchError(
                     f"prompt and new tokens need {slots} slots, the longest KV cache of "
                     f"{pair.path} has {max(flags.cache_lengths())}: shorten them, or rebuild with "
                     "a larger --max-cache-len"
                 )
-            for difference in differences(manifest.environment, environment(), ("driver",)):
-                console.warn(f"{describe([difference])}: usually harmless")
-            blob = read_blob(verified)
+            for one in manifest.differences(built.environment, report.environment(), ("driver",)):
+                console.warn(f"{manifest.describe([one])}: usually harmless")
+            blob = artifacts.read_blob(verified)
         try:
             loaded = bundle.load_bundle(blob)
         except (ArtifactDamagedError, ArtifactMismatchError) as error:
             raise type(error)(f"{pair.path}: {error}") from error
         self.watch.restored.update(loaded.restored)
-        self.built = [hits.Lookup(**record) for record in manifest.details["graphs"]]
+        self.built = [hits.Lookup(**record) for record in built.details["graphs"]]
         if content := loaded.decode_steps.get(slots):
-            self.step = content, manifest.details["decode_steps"][str(slots)]
+            contract = built.details["decode_steps"][str(slots)]
+            self.step = decode_ahead.SavedStep(content, contract)
         self.artifact = {
             "name": pair.path.name,
-            **manifest.file,
+            **built.file,
             "verify_seconds": verified.verify_seconds,
-            "entries": loaded.entries,
+            "entries": built.details["entries"],
             "precompiled": False,
             "slots": slots,
         }
@@ -76,10 +73,10 @@ class Compiler:
             )
         if self.step and self.artifact and wanted is not False:
             try:
-                decode_ahead.install(model, decode_ahead.load(*self.step, model, cache))
+                decode_ahead.install(model, decode_ahead.load(self.step, model, cache))
                 self.artifact["precompiled"] = True
                 return
-            except (decode_ahead.PrecompileMismatch, *decode_ahead.FAILURES) as error:
+            except decode_ahead.FAILURES as error:
                 if wanted:
                     raise ArtifactMismatchError(str(error)) from error
                 console.warn(f"{error}; tracing instead")
@@ -88,15 +85,15 @@ class Compiler:
     def describe(self, counts: dict[str, int | None]) -> dict[str, Any]:
         """Return what was loaded, what was looked up, and what did not hit."""
         graphs = [{"cache": one.cache, "key": one.key, "hit": one.hit} for one in self.lookups]
-        misses = hits.missed(self.lookups, self.built)
-        misses += hits.made_anew(counts, compiled_kernels(self.watch))
+        kernels = compile_counts.compiled_kernels(self.watch)
+        misses = hits.missed(self.lookups, self.built) + hits.made_anew(counts, kernels)
         return {"artifact": self.artifact, "graphs": graphs, "misses": misses}
 
 
 def open_compiler(settings: RunSettings, target: Target, slots: int, console: Console) -> Compiler:
     """Set the compiler up, and load the artifact: must, must not, or if it can be."""
     bundle.configure()
-    compiler = Compiler(watch_compilation(), hits.watch_lookups())
+    compiler = Compiler(compile_counts.watch_compilation(), hits.watch_lookups())
     if settings.loading.mode == "load":
         try:
             compiler.load(settings, target, slots, console)
@@ -105,5 +102,5 @@ def open_compiler(settings: RunSettings, target: Target, slots: int, console: Co
             if settings.loading.must_load:
                 raise
             console.warn(f"{error}; compiling instead")
-    prepare_toolchain(target.device, host_code=False, console=console)
+    toolchain.prepare_toolchain(target.device, host_code=False, console=console)
     return compiler

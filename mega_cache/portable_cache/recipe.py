@@ -1,6 +1,5 @@
 """What an artifact was built for, and whether this run is that."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ _MODEL_FIELDS = ("config_digest", "dtype")
 
 def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
     """Return every setting that shapes the compiled graphs."""
-    return asdict(flags) | {"batch_size": 1, "device": device.type}
+    return vars(flags) | {"batch_size": 1, "device": device.type}
 
 
 def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:

@@ -12,14 +12,11 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from portable_cache import tuned_kernels
-
-if TYPE_CHECKING:
-    from torch._inductor.output_code import CompiledFxGraph
 
 # names library calls; most are torch's own functions under the same name
 LIBRARY_CALLS = "extern_kernels"
@@ -47,7 +44,7 @@ def repickle(content: bytes) -> bytes:
         return pickle.dumps(value)
 
 
-def _reduce_graph(graph: "CompiledFxGraph") -> tuple:
+def _reduce_graph(graph: Any) -> tuple:
     build, arguments, state, *_ = object.__reduce_ex__(graph, 2)
     source_code = import_only_what_is_used(state["source_code"])
     return build, arguments, state | {"source_code": source_code, "counter_deltas": Counter()}

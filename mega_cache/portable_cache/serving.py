@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.artifacts import peek_manifest
-from common.cli import Console, config_of
-from common.compile_counts import read_counts
+from common import artifacts, serve, weights
+from common.cli import Console
 from common.errors import ScriptError
 from common.measures import Stages, process_start
-from common.prompts import Printer, TextCodec, bucket_for, load_codec, padding_token_id, prompts_of
-from common.serve import Generate, run_document, serve_requests
+from common.prompts import TextCodec, load_codec, prompts_of
 from common.store import fetch
 from common.target import Target, choose_target
-from common.weights import list_checkpoint, start_upload
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
 from portable_cache.recipe import find_differences, settle
 
@@ -37,25 +34,21 @@ class Ready:
     compiler: "Compiler | None"  # the eager mode imports nothing of it
     model: "PreTrainedModel"
     cache: "Cache | None"
-    generate: Generate
+    generate: serve.Generate
 
 
 def run(settings: RunSettings, console: Console) -> dict:
     """Set up, serve every request, and return the run's result."""
     stages = Stages(process_start())
     ready = set_up(settings, stages, console)
-    setup_seconds = stages.elapsed()
-    target, codec, compiler = ready.target, ready.codec, ready.compiler
-    printer = Printer(settings.prompt, codec)
-    served = serve_requests(ready.generate, ready.prompts, target, stages, printer, console)
-    counts = read_counts(compiler and compiler.watch)
-    nothing = {"artifact": None, "graphs": [], "misses": []}
-    document = run_document(
-        APPROACH, settings.loading.mode, config_of(settings), target, codec, served, setup_seconds,
-        stages, counts, **(compiler.describe(counts) if compiler else nothing),
+    compiler = ready.compiler
+    document = serve.serve_requests(
+        APPROACH, settings.loading.mode, settings, ready.target, ready.codec, ready.prompts,
+        ready.generate, stages, compiler and compiler.watch, console,
     )  # fmt: skip
     document["output"]["padded_tokens"] = ready.padded(ready.prompts[0])
-    return document
+    nothing = {"artifact": None, "graphs": [], "misses": []}
+    return document | (compiler.describe(document["compile"]) if compiler else nothing)
 
 
 def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
@@ -64,7 +57,8 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     target = choose_target(settings.shared, console)
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
-    upload = start_upload(list_checkpoint(target.checkpoint.folder), target.device, target.dtype)
+    stored = weights.list_checkpoint(target.checkpoint.folder)
+    upload = weights.start_upload(stored, target.device, target.dtype)
     stages.close("weights")
     # late: the weights are on their way meanwhile
     from portable_cache import generation
@@ -75,7 +69,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     buckets = (loading.prefill_buckets or flags.prefill_lengths) if loading.bucket_pad else ()
 
     def padded(prompt: list[int]) -> int:
-        return bucket_for(len(prompt), buckets) or len(prompt)
+        return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
 
     codec = load_codec(target.checkpoint.folder)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
@@ -89,15 +83,15 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
     model = generation.make_model(target, upload.wait(), attention)
-    stops = () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids
-    padding_id = padding_token_id(codec, target.checkpoint)
-    generation.configure_generation(
-        model, flags if compiler else None, new_tokens, stops, padding_id, settings.sampling
-    )
-    if compiler:
-        cache = generation.make_cache(model, slots)
+    choices = {}
+    if not settings.prompt.ignore_eos:
+        choices["eos_token_id"] = list(target.checkpoint.eos_token_ids) or None
+    if settings.sampling.temperature:
+        choices |= {"do_sample": True, **vars(settings.sampling)}
+    generation.configure_generation(model, flags if compiler else None, new_tokens, **choices)
     stages.close("weights")
     if compiler:
+        cache = generation.make_cache(model, slots)
         compiler.use_decode_step(loading.precompile, model, cache, console)
     stages.close("compile")
     generate = generation.make_generate(model, cache, settings.shared.seed, padded)
@@ -105,12 +99,9 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
 
 
 def settle_artifact(settings: RunSettings, target: Target, console: Console) -> RunSettings:
-    """Return the settings with what --fetch found, and with all that the user did not tell.
-
-    That comes from the artifact, else from the defaults.
-    """
-    unlike = partial(find_differences, target=target, flags=settings.compilation)
-    pair, loading = settings.files.pair(), settings.loading
+    """Return the settings with what --fetch found, and the untold from artifact or defaults."""
+    pair, loading, told = settings.files.pair(), settings.loading, settings.compilation
+    unlike = partial(find_differences, target=target, flags=told)
     if loading.mode == "load":
         try:
             pair = fetch(pair, settings.store.fetch, APPROACH, unlike, settings.trust, console)
@@ -119,6 +110,5 @@ def settle_artifact(settings: RunSettings, target: Target, console: Console) -> 
                 raise
             console.warn(f"{error}; compiling instead")
             loading = replace(loading, load_artifacts=False)
-    files = CacheFileFlags(pair.path, pair.metadata_path)
-    flags = settle(settings.compilation, peek_manifest(pair))
-    return replace(settings, files=files, loading=loading, compilation=flags)
+    flags = settle(told, artifacts.peek_manifest(pair))
+    return replace(settings, files=CacheFileFlags(*pair), loading=loading, compilation=flags)

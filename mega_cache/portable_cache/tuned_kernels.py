@@ -112,12 +112,9 @@ def _winner(live: "CachingAutotuner") -> Any:
 
     (launcher,) = live.launchers
     wanted = triton_config_to_hashable(launcher.config)
-    found = next(
-        (r for r in live.compile_results if triton_config_to_hashable(r.config) == wanted), None
-    )
-    if found is None:
-        # coordinate descent keeps the launcher only; Triton's cache has what it compiled
-        found = live._precompile_config(launcher.config)
+    same = [r for r in live.compile_results if triton_config_to_hashable(r.config) == wanted]
+    # coordinate descent keeps the launcher only; Triton's cache has what it compiled
+    found = same[0] if same else live._precompile_config(launcher.config)
     winner = copy.copy(found)
     winner.kernel = copy.copy(found.kernel)  # through __getstate__: no handle, no path
     winner.kernel.cubin_raw = None

@@ -47,10 +47,7 @@ def eager_logits(eager: PreTrainedModel, prompt: list[int], forced: list[int]) -
 
 
 def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
-    """Return, for each prompt length, the errors of the logits of eager and of the artifact.
-
-    Along one continuation: what the artifact itself generates.
-    """
+    """Return the errors of eager's and the artifact's logits, along what the latter generates."""
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     loading = replace(settings.loading, load_artifacts=True)
     longest = {"prompt_length": max(lengths), "max_new_tokens": steps, "ignore_eos": True}
@@ -63,11 +60,10 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
         prompt = ready.codec.synthetic_prompt(length, settings.shared.seed)
         forced = ready.generate(prompt, lambda token_id: None)
         expected = eager_logits(reference, prompt, forced)
-        candidates = {
-            "eager": eager_logits(eager, prompt, forced),
-            "load": generated_logits(ready, prompt, forced),
+        errors = {
+            "eager": logit_errors(eager_logits(eager, prompt, forced), expected),
+            "load": logit_errors(generated_logits(ready, prompt, forced), expected),
         }
-        errors = {mode: logit_errors(found, expected) for mode, found in candidates.items()}
         margin = largest_margin(eager, prompt, forced)
         rows.append({"prompt_length": length, "largest_margin": margin, **errors})
     return logits_document(APPROACH, target.dtype_name, slots, steps, rows)

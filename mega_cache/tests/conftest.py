@@ -114,7 +114,8 @@ def eager_tokens(presets_folder):
     codec = load_codec(checkpoint.folder)
 
     def tokens(length, new_tokens):
-        generation.configure_generation(model, None, new_tokens, checkpoint.eos_token_ids)
+        stops = list(checkpoint.eos_token_ids)
+        generation.configure_generation(model, None, new_tokens, eos_token_id=stops)
         generate = generation.make_generate(model, None, seed=0)
         return generate(codec.synthetic_prompt(length, seed=0), lambda token_id: None)
 

@@ -22,7 +22,7 @@ from helpers import run_command, user_environment
 from common.artifacts import TrustFlags, open_verified
 from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import parse_manifest
+from common.manifest import SCHEMA, parse_manifest
 
 QUIET = Console(quiet=True)
 DAMAGED, MISMATCH, ENVIRONMENT, UNTRUSTED = 3, 4, 5, 6
@@ -83,8 +83,8 @@ def test_what_is_missing_is_named(missing, words, pair, refusal):
         (b"\xff\xfe", "utf-8"),
         (b"[]", "expected an object"),
         (b'{"schema": 99}', "written by another version: schema 99, this one reads"),
-        (b'{"schema": 2}', "metadata_sha256 is not that of the other fields"),
-        (b'{"schema": 2' + b" " * 2**23 + b"}", "larger than"),
+        (b'{"schema": %d}' % SCHEMA, "metadata_sha256 is not that of the other fields"),
+        (b'{"schema": %d' % SCHEMA + b" " * 2**23 + b"}", "larger than"),
         (b"[" * 10**5, "metadata is damaged"),
     ],
 )

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aotinductor.lengths import Bounds
-
-# (1, padded) ids and mask -> (1, padded, vocab) logits
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from aotinductor.package import Model
 
 
 class BaseGraph(nn.Module):
@@ -40,35 +38,32 @@ class BaseGraph(nn.Module):
         return self.lm_head(hidden)
 
 
-def export_base_graph(causal_lm, bounds: Bounds, example_seq_len: int):
+def export_base_graph(causal_lm, bounds: Bounds):
     """Export for every multiple within the bounds, or, static, for their one length."""
-    length, length_dim = bounds.example_and_dim(example_seq_len)
-    shapes = None if length_dim is None else (length_dim, length_dim)
+    length, length_dim = bounds.example_and_dim()
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
-    example = (ids, torch.ones_like(ids))
+    example, shapes = (ids, torch.ones_like(ids)), (length_dim, length_dim)
     return torch.export.export(BaseGraph(causal_lm), example, dynamic_shapes=shapes)
-
-
-def pad_right(token_ids: Sequence[int], length: int, padding_id: int, device: torch.device):
-    """Return ids and mask, each (1, length) int64, the tokens at the left end."""
-    ids = torch.tensor([token_ids], device=device)
-    pads = (0, length - len(token_ids))
-    return F.pad(ids, pads, value=padding_id), F.pad(torch.ones_like(ids), pads)
 
 
 @dataclass(frozen=True)
 class BaseGenerator:
     """Greedy generation without a KV cache: each token is a pass over the whole padded sequence."""
 
-    step: Step
+    model: Model
     device: torch.device
 
     @torch.no_grad()
+    def run(self, token_ids: Sequence[int], padded: int) -> torch.Tensor:
+        """Return (padded, vocab) logits; the tokens stand at the left end, the rest is masked."""
+        ids = torch.tensor([token_ids], device=self.device)
+        pads = (0, padded - len(token_ids))
+        return self.model([F.pad(ids, pads), F.pad(torch.ones_like(ids), pads)])[0][0]
+
     def generate(
         self,
         prompt: Sequence[int],
         padded: Callable[[int], int],
-        padding_id: int,
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[int], None] | None = None,
@@ -78,19 +73,12 @@ class BaseGenerator:
         `padded` gives the length that the graph takes for a true one; the caller has checked it.
         """
         new_ids: list[int] = []
-        # one row for the longest sequence of this request, of which each step passes the beginning
-        longest = padded(len(prompt) + max_new_tokens - 1)
-        (ids,), (mask,) = pad_right(prompt, longest, padding_id, self.device)
-        for length in range(len(prompt), len(prompt) + max_new_tokens):
-            passed = padded(length)
-            # cut before it becomes a row: contiguous, as the graph was exported and compiled for
-            logits = self.step(ids[:passed][None], mask[:passed][None])  # (1, passed, vocab)
-            token = logits[0, length - 1].argmax()
-            new_ids.append(int(token))  # waits for the device
+        while len(new_ids) < max_new_tokens:
+            ids = [*prompt, *new_ids]
+            last = self.run(ids, padded(len(ids)))[len(ids) - 1]  # (vocab,)
+            new_ids.append(int(last.argmax()))  # waits for the device
             if on_token is not None:
                 on_token(new_ids[-1])
             if new_ids[-1] in stop_ids:
                 break
-            if length < longest:  # the last new token needs no place
-                ids[length], mask[length] = token, 1
         return new_ids

@@ -11,14 +11,10 @@ from aotinductor.lengths import make_bounds
 from aotinductor.recipe import make_recipe
 from aotinductor.runtime_compile import make_package
 from aotinductor.verify import verify_package
-from common.artifacts import check_target, write_pair
+from common import artifacts, manifest, report, toolchain, weights
 from common.cli import Console
-from common.manifest import SCHEMA, Manifest
 from common.measures import Stages, process_start
-from common.report import environment
 from common.target import choose_target, load_model
-from common.toolchain import prepare_toolchain
-from common.weights import list_checkpoint
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
 _CODE_BYTES = 64 * 2**20
@@ -29,12 +25,11 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
-    prepare_toolchain(target.device, host_code=True, console=console)
+    toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
-    stored = list_checkpoint(target.checkpoint.folder).values() if embed else ()
-    check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
-    bounds, slots = make_bounds(settings.shape), settings.slots
-    details = {}
+    stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()
+    artifacts.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
+    bounds, details = make_bounds(settings.shape), {}
 
     @contextmanager
     def shown(name: str) -> Iterator[None]:  # the longest take minutes
@@ -44,19 +39,19 @@ def build(settings: BuildSettings, console: Console) -> dict:
         console.say(f"{name}: {stages.seconds[name]:.1f} s")
 
     def produce(path: Path) -> None:
-        rest = (settings.shape.example_seq_len, path, embed, settings.graph.max_autotune)
         with shown("weights"):
             model = load_model(target)
         with shown("compile"):
-            engine, found = make_package(model, bounds, slots, *rest)
+            how = (embed, settings.graph.max_autotune)
+            engine, found = make_package(model, bounds, settings.slots, path, *how)
         with shown("verify"):
             checks = verify_package(engine, model, bounds)
         details.update(found, verified=True, verification=checks)
 
-    def describe(file: dict) -> Manifest:
+    def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()
-        model = target.describe_model()
-        return Manifest(SCHEMA, APPROACH, model, environment(), recipe, file, seconds, details)
+        what = (APPROACH, target.describe_model(), report.environment(), recipe)
+        return manifest.Manifest(manifest.SCHEMA, *what, file, seconds, details)
 
-    written = write_pair(pair, produce, describe)
+    written = artifacts.write_pair(pair, produce, describe)
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}

@@ -9,11 +9,10 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -35,55 +34,43 @@ _BESIDE_LIBRARY = _CODE_ONLY | (
 )
 
 
-def compile_base_package(
-    model, bounds: Bounds, example_seq_len: int, path: Path, embed_weights: bool, max_autotune: bool
+def compile_package(
+    model, bounds: Bounds, slots: int | None, path: Path, embed_weights: bool, max_autotune: bool
 ) -> dict:
-    """Write `path` with the base graph; return the metadata's `details`.
+    """Write `path` with the base graph, or, with slots, those of a KV cache.
 
-    With its weights it is compiled twice: a model either brings its weights, which the plain loader
-    needs, or leaves them to be bound, which a start without unpacking them needs.
+    Returns the metadata's `details`. The base graph with its weights is compiled twice: a model
+    either brings its weights, which the plain loader needs, or leaves them to be bound, which a
+    start without unpacking them needs.
     """
     from torch._inductor.package import package_aoti
 
-    exported = export_base_graph(model, bounds, example_seq_len)
     options = {"max_autotune": max_autotune}
-    files = {"base": compile_program(exported, options | _CODE_ONLY)}
-    if embed_weights:
-        files[PLAIN_MODEL] = compile_program(exported, options | _BEHIND_LIBRARY)
+    if slots is None:
+        base = export_base_graph(model, bounds)
+        programs, state, find = {"base": base}, {}, find_behind_library
+        files = {"base": compile_program(base, options | _CODE_ONLY)}
+        if embed_weights:
+            files[PLAIN_MODEL] = compile_program(base, options | _BEHIND_LIBRARY)
+    else:
+        cache = CacheShape.of(model.config, slots)
+        prefill, decode = kv_graphs.export_graphs(model, cache, bounds)
+        programs, find = {"prefill": prefill, "decode": decode}, find_beside_library
+        state = kv_graphs.describe_state(model, cache)
+        place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
+        options |= {"coordinate_descent_tuning": max_autotune} | kv_graphs.decode_options(model)
+        files = {
+            # Not tuned: that would be for the example's length, and serve every other one too. The
+            # library chooses for each.
+            "prefill": compile_program(prefill, {"max_autotune": False} | place),
+            "decode": compile_program(decode, options | place),
+        }
     package_aoti(str(path), files)
-    offsets = find_behind_library(path) if embed_weights else {}
-    return {"graphs": ["base"], "constants": describe_constants([exported], offsets)}
+    constants = describe_constants(programs.values(), find(path) if embed_weights else {})
+    return {"graphs": list(programs), **state, "constants": constants}
 
 
-def compile_kv_package(
-    model, bounds: Bounds, slots: int, example_seq_len: int, path: Path,
-    embed_weights: bool, max_autotune: bool,
-) -> dict:  # fmt: skip
-    """Write `path` with the models `prefill` and `decode`; return the metadata's `details`."""
-    from torch._inductor.package import package_aoti
-
-    cache = CacheShape.of(model.config, slots)
-    prefill = kv_graphs.export_prefill(model, cache, bounds, example_seq_len)
-    decode = kv_graphs.export_decode(model, cache)
-    place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
-    tuned = {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
-    files = {
-        # Not tuned: that would be for the example's length, and serve every other one too. The
-        # library chooses for each.
-        "prefill": compile_program(prefill, {"max_autotune": False} | place),
-        "decode": compile_program(decode, tuned | kv_graphs.decode_options(model) | place),
-    }
-    package_aoti(str(path), files)
-    offsets = find_beside_library(path) if embed_weights else {}
-    return {
-        "graphs": list(files),
-        "cache": asdict(cache),
-        "rope": kv_graphs.rope_recipe(model),
-        "constants": describe_constants([prefill, decode], offsets),
-    }
-
-
-def compile_program(exported: torch.export.ExportedProgram, own_options: dict[str, object]) -> Any:
+def compile_program(exported: torch.export.ExportedProgram, own_options: dict[str, object]):
     """Return the files of one compiled program."""
     from torch._inductor import aot_compile
 
@@ -142,11 +129,9 @@ def find_behind_library(path: Path) -> dict[str, int]:
         constructor = archive.read(source).decode()
         end = archive.getinfo(library).file_size - 8  # a magic number is the last
     declared = r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"'
-    rows = re.findall(declared, constructor, re.DOTALL)
-    record = library.partition("/")[2]
-    end += torch._C.PyTorchFileReader(str(path)).get_record_offset(record)
+    end += torch._C.PyTorchFileReader(str(path)).get_record_offset(library.partition("/")[2])
     offsets = {}
-    for size, name in reversed(rows):
+    for size, name in reversed(re.findall(declared, constructor, re.DOTALL)):
         end -= int(size)
         offsets[name] = end
     return offsets
@@ -167,10 +152,10 @@ def find_beside_library(path: Path) -> dict[str, int]:
     return offsets
 
 
-def describe_constants(exported_programs: list, offsets: dict[str, int]) -> list[dict]:
+def describe_constants(programs: Iterable, offsets: dict[str, int]) -> list[dict]:
     """Return the metadata's row of each tensor that the graphs really read, once."""
     rows = {}
-    for exported in exported_programs:
+    for exported in programs:
         stored = exported.state_dict
         tensors = {**exported.constants, **stored}
         used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}

@@ -88,6 +88,11 @@ class ExpectedShapeFlags:
     max_seq_len: int | None = length_flag(None, "longest sequence in tokens")
     dynamic_seq_multiple: int | None = length_flag(None, "what padded lengths are multiples of")
 
+    @property
+    def given(self) -> dict[str, int]:
+        """What the user asks for."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 @dataclass(frozen=True)
 class LoadFlags:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from aotinductor.package import Model
+from common.cli import SamplingFlags
 
 # Tables are cut at multiples of this. More would read slots that hold nothing, fewer save little:
 # 64 slots are less than a tenth of a step (random:tiny on a CPU).
@@ -66,15 +67,10 @@ def rope_table(
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens, limited as transformers' `generate` does it; top_k 0 or None is no limit.
+    """Draws tokens, limited as transformers' `generate` does it."""
 
-    `generator` lives on the device of the logits, and makes the draws repeatable.
-    """
-
-    temperature: float
-    top_k: int | None
-    top_p: float
-    generator: torch.Generator
+    limits: SamplingFlags
+    generator: torch.Generator  # on the device of the logits
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """Return one token id (1, 1) for logits (1, vocab), without waiting for the device."""
@@ -82,25 +78,17 @@ class Sampler:
 
     def warp(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits (1, vocab) to draw from, in float32: -inf where a limit cuts off."""
-        warped = logits.float() / self.temperature
-        if self.top_k:  # the largest, and what equals the smallest of them
-            smallest = warped.topk(min(self.top_k, warped.shape[-1])).values[:, -1:]
+        top_k, top_p = self.limits.top_k, self.limits.top_p
+        warped = logits.float() / self.limits.temperature
+        if top_k:  # the largest, and what equals the smallest of them
+            smallest = warped.topk(min(top_k, warped.shape[-1])).values[:, -1:]
             warped = warped.masked_fill(warped < smallest, float("-inf"))
-        if self.top_p < 1:  # the fewest most likely ones that hold this share together
+        if top_p < 1:  # the fewest most likely ones that hold this share together
             ascending, order = warped.sort(-1)
-            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
             dropped[:, -1] = False  # the likeliest stays, whatever the share
             warped = warped.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
         return warped
-
-
-def make_sampler(
-    temperature: float, top_k: int | None, top_p: float, seed: int, device: torch.device
-) -> Sampler | None:
-    """Return a sampler, or None for temperature 0: greedy, which the graphs do themselves."""
-    if temperature == 0:
-        return None
-    return Sampler(temperature, top_k, top_p, torch.Generator(device).manual_seed(seed))
 
 
 class Generator:
@@ -151,7 +139,7 @@ class Generator:
 
     def _run_decode(self) -> None:
         state = [self.token, self.position, self.rope, *self.tables_in_use]
-        (self.logits,) = self.decode_model.run(state)
+        (self.logits,) = self.decode_model(state)
 
     def prefill(self, prompt: Sequence[int], padded: int) -> None:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
@@ -169,7 +157,7 @@ class Generator:
         self.length = len(prompt)
         self.position.fill_(self.length)
         state = [ids.to(self.device), self.token, self.position, self.rope, *self.tables]
-        (self.logits,) = self.prefill_model.run(state)
+        (self.logits,) = self.prefill_model(state)
 
     def decode(self) -> None:
         """One step: the token after `token` takes its place, `position` advances.

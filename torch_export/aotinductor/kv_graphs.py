@@ -14,9 +14,12 @@ token sees a pad; decode overwrites slot `position` before it looks, and sees sl
 only.
 """
 
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import ExportedProgram
 
 from aotinductor.kv_generation import BLOCK_ROWS, CacheShape
 from aotinductor.lengths import Bounds
@@ -45,10 +48,6 @@ class _CachedLlama(nn.Module):
             )
         self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
 
-    def layers(self, tables):
-        """Yield each layer with its K and V."""
-        return zip(self.model.layers, tables[::2], tables[1::2], strict=True)
-
 
 class PrefillGraph(_CachedLlama):
     """forward(input_ids, token, position, rope, *tables) -> logits (1, vocab).
@@ -62,7 +61,7 @@ class PrefillGraph(_CachedLlama):
         hidden = self.model.embed_tokens(input_ids)  # (1, padded, width)
         rotation = rope[:, : input_ids.shape[1]]
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        for layer, keys, values in self.layers(tables):
+        for layer, keys, values in zip(self.model.layers, tables[::2], tables[1::2], strict=True):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
             q = rotate(split_heads(attention.q_proj(normed), attention.head_dim), rotation)
@@ -99,7 +98,7 @@ class DecodeGraph(_CachedLlama):
 
     def forward(self, token, position, rope, *tables):
         hidden = self.model.embed_tokens(token)[0, 0]  # (width,)
-        for layer, keys, values in self.layers(tables):
+        for layer, keys, values in zip(self.model.layers, tables[::2], tables[1::2], strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             projections = [attention.q_proj, attention.k_proj, attention.v_proj]
             q, k, v = products(hidden, projections, layer.input_layernorm)
@@ -219,39 +218,31 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
 
 
 @torch.no_grad()
-def export_prefill(causal_lm, cache: CacheShape, bounds: Bounds, example_seq_len: int):
-    """Export prefill for every padded prompt length within the bounds."""
-    token, position, *rest = example_state(causal_lm, cache)
-    length, length_dim = bounds.example_and_dim(example_seq_len)
-    ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
-    shapes = (length_dim, None, None, None, (None,) * (2 * cache.layers))
-    state = (ids, token, position.fill_(length), *rest)
-    return torch.export.export(PrefillGraph(causal_lm), state, dynamic_shapes=shapes)
+def export_graphs(causal_lm, cache: CacheShape, bounds: Bounds) -> list[ExportedProgram]:
+    """Export prefill for every padded prompt length within the bounds, and decode.
 
-
-@torch.no_grad()
-def export_decode(causal_lm, cache: CacheShape):
-    """Export decode: over any number of blocks of the tables on a CPU, over whole ones on CUDA.
-
-    There one captured graph serves every length, and its kernel ends at the position by itself.
+    That takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
+    captured graph serves every length, and its kernel ends at the position by itself.
     """
-    token, position, rope, *tables = example_state(causal_lm, cache)
+    device, dtype = causal_lm.device, causal_lm.dtype
+    length, length_dim = bounds.example_and_dim()
+    ids = torch.zeros((1, length), dtype=torch.int64, device=device)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    position = torch.full_like(token[0], length)
+    rope = torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device)
+    tables = cache.make_tables(dtype, device)
+    example = (ids, token, position, rope, *tables)
+    shapes = (length_dim, None, None, None, (None,) * len(tables))
+    prefill = torch.export.export(PrefillGraph(causal_lm), example, dynamic_shapes=shapes)
     blocks, shape = cache.rows // BLOCK_ROWS, None
-    if causal_lm.device.type == "cpu" and blocks > 1:
+    if device.type == "cpu" and blocks > 1:
         shape = {0: BLOCK_ROWS * torch.export.Dim("blocks", min=1, max=blocks)}
         # an example of one block would be taken for a constant
         tables = [table[: 2 * BLOCK_ROWS] for table in tables]
+    example = (token, torch.zeros_like(position), rope, *tables)
     shapes = (None, None, None, (shape,) * len(tables))
-    state = (token, position, rope, *tables)
-    return torch.export.export(DecodeGraph(causal_lm), state, dynamic_shapes=shapes)
-
-
-def example_state(causal_lm, cache: CacheShape) -> list[torch.Tensor]:
-    """Return [token, position, rope, *tables]: zeros, as the model's tensors."""
-    device, dtype = causal_lm.device, causal_lm.dtype
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    rope = torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device)
-    return [token, torch.zeros_like(token[0]), rope, *cache.make_tables(dtype, device)]
+    decode = torch.export.export(DecodeGraph(causal_lm), example, dynamic_shapes=shapes)
+    return [prefill, decode]
 
 
 def decode_options(causal_lm) -> dict[str, object]:
@@ -265,8 +256,10 @@ def decode_options(causal_lm) -> dict[str, object]:
     return {}
 
 
-def rope_recipe(causal_lm) -> dict[str, object]:
-    """Return what `rope_table` needs, for the metadata: JSON keeps float32 exactly."""
+def describe_state(causal_lm, cache: CacheShape) -> dict[str, dict]:
+    """Return what a `Generator` needs beside the graphs, for the metadata."""
     rotary = causal_lm.model.rotary_emb
-    frequencies = rotary.inv_freq.detach().double().tolist()  # (head_dim / 2,)
-    return {"inv_freq": frequencies, "attention_scaling": float(rotary.attention_scaling)}
+    # (head_dim / 2,); JSON keeps float32 exactly
+    rope = {"inv_freq": rotary.inv_freq.detach().double().tolist()}
+    rope["attention_scaling"] = float(rotary.attention_scaling)
+    return {"cache": asdict(cache), "rope": rope}

@@ -4,6 +4,7 @@ A loaded package checks nothing: a length it was not exported for ends in a size
 kernel, or in no error at all. So everything is checked here, before the call.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,19 +12,13 @@ from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFl
 from common.artifacts import peek_manifest
 from common.cli import DTYPES, SharedFlags
 from common.errors import ArtifactDamagedError, UsageError
-from common.manifest import Difference, differences, raise_if_different
+from common.manifest import differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(ShapeFlags):
     """The lengths of a graph in tokens; a static graph has one, `max_seq_len`."""
-
-    dynamic_seq_len: bool
-    min_seq_len: int
-    max_seq_len: int
-    dynamic_seq_multiple: int
 
     @property
     def buckets(self) -> list[int]:
@@ -39,7 +34,7 @@ class Bounds:
             return min(bucket for bucket in self.buckets if bucket >= length)
         return -(-length // self.dynamic_seq_multiple) * self.dynamic_seq_multiple
 
-    def example_and_dim(self, example_seq_len: int) -> tuple[int, dict | None]:
+    def example_and_dim(self) -> tuple[int, dict | None]:
         """Return the length to trace with, and what is dynamic on dimension 1; None is static."""
         if not self.dynamic_seq_len:
             return self.max_seq_len, None
@@ -51,7 +46,7 @@ class Bounds:
         # an example of one block would be taken for a constant, and so would one that is as long as
         # the KV cache: it stays below the longest
         longest = max(last - 1, first, 2)
-        example = min(max(example_seq_len // multiple, first, 2), longest, last)
+        example = min(max(self.example_seq_len // multiple, first, 2), longest, last)
         return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
 
     def as_json(self) -> dict[str, Any]:
@@ -60,18 +55,21 @@ class Bounds:
 
 def make_bounds(flags: ShapeFlags) -> Bounds:
     """Return the bounds that a graph is exported with."""
-    if not flags.dynamic_seq_len:
-        return Bounds(False, 1, flags.example_seq_len, flags.example_seq_len)
-    return Bounds(True, flags.min_seq_len, flags.max_seq_len, flags.dynamic_seq_multiple)
+    if flags.dynamic_seq_len:
+        return Bounds(**vars(flags))
+    only = flags.example_seq_len
+    return Bounds(only, False, 1, only, only)
 
 
 def parse_bounds(recipe: dict[str, Any]) -> Bounds:
     """Return the bounds in a package's recipe; raise ArtifactDamagedError if there are none."""
-    dynamic, *lengths = (recipe.get(field.name) for field in fields(Bounds))
-    valid = type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths)
-    if not valid or recipe.get("buckets") != (bounds := Bounds(dynamic, *lengths)).buckets:
-        raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
-    return bounds
+    example, dynamic, *others = (recipe.get(field.name) for field in fields(Bounds))
+    lengths = [example, *others]
+    if type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths):
+        with suppress(ValueError):  # what no flags give
+            if (bounds := Bounds(example, dynamic, *others)).buckets == recipe.get("buckets"):
+                return bounds
+    raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
 
 
 @dataclass(frozen=True)
@@ -143,24 +141,17 @@ def find_plan(settings: RunSettings) -> Plan:
     manifest = peek_manifest(settings.files.pair())
     if manifest is None or manifest.approach != APPROACH:
         return Plan(override(settings.shape), {})
-    built = manifest.recipe
-    found = shape_differences(built, settings)
+    built, asked = manifest.recipe, settings.shape.given
+    found = differences(built, asked, asked)
     if settings.mode == "load":
         raise_if_different(settings.files.package_path, found)
     bounds = override(settings.shape) if found else parse_bounds(built)
     return Plan(bounds, built, manifest.model.get("dtype"))
 
 
-def shape_differences(built: dict[str, Any], settings: RunSettings) -> list[Difference]:
-    """Return the lengths that the user asks for and that the package was not built with."""
-    asked = asdict(settings.shape)
-    return [one for one in differences(built, asked, asked) if one.found is not None]
-
-
 def override(flags: ExpectedShapeFlags) -> Bounds:
     """Return the bounds of a graph compiled at runtime: build's, changed by the flags given."""
-    given = {name: value for name, value in asdict(flags).items() if value is not None}
     try:
-        return make_bounds(ShapeFlags(**given))
+        return make_bounds(ShapeFlags(**flags.given))
     except ValueError as error:
         raise UsageError(str(error)) from None

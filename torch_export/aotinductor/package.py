@@ -12,10 +12,10 @@ folder under /tmp (or TMPDIR from 2.10 on), removed when the loader is.
 
 import platform
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,12 +23,8 @@ from common.weights import Stored, target_dtype
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
 COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
-
-
-class Model(Protocol):
-    """A graph that takes the list of its inputs and returns the list of its outputs."""
-
-    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+# a graph: the list of its inputs -> the list of its outputs
+Model = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,19 +48,31 @@ class Constant:
         return getattr(torch, self.dtype)
 
 
+def read_constants(
+    details: dict[str, Any], device: torch.device
+) -> tuple[list[Constant], dict[str, torch.Tensor]]:
+    """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
+    rows = [Constant(**fields) for fields in details["constants"]]
+    values = {
+        row.name: torch.tensor(row.values, dtype=row.torch_dtype, device=device).view(row.shape)
+        for row in rows
+        if row.values is not None
+    }
+    return [row for row in rows if row.name not in values], values
+
+
 def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
-    """Return where a package with embedded weights holds each constant that has no values."""
+    """Return where a package with embedded weights holds each constant."""
     return {
         row.name: Stored(row.name, path, row.torch_dtype, tuple(row.shape), row.offset)
         for row in constants
-        if row.values is None
     }
 
 
 def find_in_checkpoint(
     constants: Iterable[Constant], stored: Mapping[str, Stored], dtype: torch.dtype | None
 ) -> dict[str, Stored]:
-    """Return what to read for each constant that has no values; `dtype` is what it is cast to.
+    """Return what to read for each constant; `dtype` is what it is cast to.
 
     Raises ValueError naming the tensors that are missing, left over, or of another shape or dtype.
     """
@@ -72,8 +80,6 @@ def find_in_checkpoint(
     for row in constants:
         names = (row.name, *row.aliases)
         known.update(names)
-        if row.values is not None:
-            continue
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
             wrong.append(f"missing {row.name}")
@@ -95,15 +101,6 @@ def find_in_checkpoint(
     return plan
 
 
-def make_values(constants: Iterable[Constant], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the constants that the metadata itself holds."""
-    return {
-        row.name: torch.tensor(row.values, dtype=row.torch_dtype, device=device).view(row.shape)
-        for row in constants
-        if row.values is not None
-    }
-
-
 def check_layout(package: BinaryIO, models: Iterable[str]) -> None:
     """Raise ValueError unless the file is a zip with a library for each model, and no way out.
 
@@ -116,10 +113,9 @@ def check_layout(package: BinaryIO, models: Iterable[str]) -> None:
     except zipfile.BadZipFile as error:
         raise ValueError(f"no zip file: {error}") from error
     names = [name.split("/") for name in sizes]
-    if any(len(parts) < 2 or {"", ".", ".."} & set(parts) for parts in names):
+    climbs = any(len(parts) < 2 or {"", ".", ".."} & set(parts) for parts in names)
+    if climbs or len({parts[0] for parts in names}) != 1:
         raise ValueError("a zip with names that no build writes")
-    if len({parts[0] for parts in names}) != 1:
-        raise ValueError("a zip with other folders than one package's")
     for model in models:
         folder = f"{names[0][0]}/data/aotinductor/{model}"
         files = [name for name in sizes if name.rpartition("/")[0] == folder]
@@ -143,7 +139,7 @@ def open_model(
     used = {name: tensors[name] for name in model.get_constant_fqns()}
     # (map, use_inactive, check_full_update, user_managed): user managed means bound without a copy
     model.load_constants(used, False, True, True)
-    return model
+    return model.run
 
 
 def instruction_set(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from aotinductor.package import instruction_set
 from common.manifest import Difference, Manifest, differences
 from common.report import gpu_environment, package_version
 from common.target import Target
-from common.weights import list_checkpoint
+from common.weights import list_checkpoint, target_dtype
 
 _SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
 
@@ -22,15 +22,11 @@ def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
         **_machine(target),
         **make_bounds(settings.shape).as_json(),
         "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
-        "example_seq_len": settings.shape.example_seq_len,
-        "kv_cache": settings.graph.kv_cache,
+        **vars(settings.graph),
         "max_cache_len": settings.slots,
-        "max_autotune": settings.graph.max_autotune,
         "embed_weights": settings.weights_embedded,
         # the checkpoint's own dtype is another than the one asked for
-        "cast_weights": any(
-            one.dtype != target.dtype for one in stored if one.dtype.is_floating_point
-        ),
+        "cast_weights": any(target_dtype(one, target.dtype) != one.dtype for one in stored),
     }
 
 
@@ -54,9 +50,8 @@ def find_differences(manifest: Manifest, target: Target) -> list[Difference]:
 def weights_fingerprint(folder: Path) -> str | None:
     """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
 
-    A package carries the weights it was built from, and fine-tunes of one model share its
-    configuration: without this, `--model-id OTHER` would answer with the wrong model's weights. It
-    takes milliseconds, and is the same however the tensors are cut into files.
+    Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
+    with the weights in the package. It is the same however the tensors are cut into files.
     """
     try:
         tensors = list_checkpoint(folder)

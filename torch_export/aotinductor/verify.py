@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from aotinductor.base import BaseGenerator, pad_right
+from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH, RunSettings
 from aotinductor.lengths import Bounds, find_plan
 from aotinductor.loading import Engine, load_package
-from aotinductor.serving import wants_cuda_graph
+from aotinductor.serving import wants_cuda_graph, with_fetched_package
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
-from common.measures import Stages, process_start
+from common.measures import Stages
 from common.prompts import load_codec
 from common.report import logit_errors, logits_document
 from common.target import choose_target, load_model
@@ -82,8 +82,8 @@ def eager_logits(model, ids: list[int], count: int) -> torch.Tensor:
 def engine_logits(engine: Engine, bounds: Bounds, ids: list[int], count: int) -> torch.Tensor:
     """As `eager_logits`, of a package; with a KV cache one by one, the first of them by prefill."""
     if isinstance(engine, BaseGenerator):
-        padded = pad_right(ids, bounds.padded(len(ids)), 0, engine.device)
-        return engine.step(*padded)[0, len(ids) - count : len(ids)].float()
+        logits = engine.run(ids, bounds.padded(len(ids)))
+        return logits[len(ids) - count : len(ids)].float()
     prompt, forced = ids[: len(ids) - count + 1], ids[len(ids) - count + 1 :]
     engine.prefill(prompt, bounds.padded(len(prompt)))
     rows = [engine.logits.float()]
@@ -99,28 +99,25 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
 
     Against those of the model in float32, along its own greedy continuation.
     """
+    settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
     target = choose_target(plan.fill_in(settings.shared), console)
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     for length in lengths:
         plan.check_request(length, steps, bucket_pad=False)
-    loaded = load_package(
-        settings.files.pair(), target, plan, settings.trust,
-        wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0]),
-        Stages(process_start()), console,
-    )  # fmt: skip
+    captured, warm_up = wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0])
+    engine, _ = load_package(settings, target, plan, captured, warm_up, Stages(0), console)
     reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
-    codec = load_codec(target.checkpoint.folder)
-    rows = []
+    codec, rows = load_codec(target.checkpoint.folder), []
     for length in console.bar(lengths, "logits", "prompt"):
         ids = codec.synthetic_prompt(length, settings.shared.seed)
         for _ in range(steps - 1):
             ids.append(int(eager_logits(reference, ids, 1).argmax()))
         expected = eager_logits(reference, ids, steps).cpu()
-        candidates = {
+        found = {
             "eager": eager_logits(eager, ids, steps),
-            "load": engine_logits(loaded.engine, plan.bounds, ids, steps),
+            "load": engine_logits(engine, plan.bounds, ids, steps),
         }
-        errors = {mode: logit_errors(found.cpu(), expected) for mode, found in candidates.items()}
+        errors = {mode: logit_errors(found[mode].cpu(), expected) for mode in found}
         rows.append({"prompt_length": length, **errors})
     return logits_document(APPROACH, target.dtype_name, plan.slots, steps, rows)

@@ -17,6 +17,7 @@ from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
+from common.report import package_version
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
 _ARCHITECTURE = (
@@ -194,11 +195,8 @@ CONFIGS = {
 
 def folder_name(preset: str) -> str:
     """Return a name that changes with everything that shapes the checkpoint's files."""
-    # imported here: --help does without its 50 ms
-    from importlib.metadata import version
-
     # transformers 5 writes the rope settings under a name that 4 does not read
-    writer = version("transformers").partition(".")[0]
+    writer = package_version("transformers").partition(".")[0]
     text = json.dumps([_RECIPE, writer, CONFIGS[preset]], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{preset.replace(':', '-')}-{digest}"

@@ -42,13 +42,13 @@ def watch_compilation() -> Watch:
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
     from torch._inductor.triton_bundler import TritonBundler
 
-    watch = Watch(kernel_files() | helper_files())
+    watch = Watch(set().union(*_built_files().values()))
     emit, replay = TritonBundler.read_and_emit, torch.cuda.CUDAGraph.replay
 
     @functools.wraps(emit)
     def read_and_emit(bundle):
         # Those on disk already are left alone by torch, and were counted where they came from.
-        present = kernel_files()
+        present = _built_files()["kernels_compiled"]
         for kernel in bundle.kernel_artifacts:
             folder = Path(triton_cache_dir(kernel.device)).resolve() / kernel.kernel_hash
             watch.restored.update({folder / a.filename for a in kernel.artifacts} - present)
@@ -85,8 +85,8 @@ def read_counts(watch: Watch | None) -> dict[str, int | None]:
         counts["compile_workers"] = workers.AsyncCompile.process_pool.cache_info().misses
     if watch:
         counts["cudagraph_replays"] = watch.cudagraph_replays
-        counts["kernels_compiled"] = len(compiled_kernels(watch))
-        counts["helpers_built"] = len(helper_files() - watch.before - watch.restored)
+        for name, files in _built_files().items():
+            counts[name] = len(files - watch.before - watch.restored)
     else:
         unseen = None if "torch._inductor" in sys.modules else 0
         counts |= {"cudagraph_replays": None, "kernels_compiled": unseen, "helpers_built": unseen}
@@ -98,11 +98,11 @@ def compiled_kernels(watch: Watch) -> list[Path]:
 
     Those of another process that compiles into the same folders at the same time too.
     """
-    return sorted(kernel_files() - watch.before - watch.restored)
+    return sorted(_built_files()["kernels_compiled"] - watch.before - watch.restored)
 
 
-def kernel_files() -> set[Path]:
-    """Return the compiled kernels in this process's cache folders.
+def _built_files() -> dict[str, set[Path]]:
+    """Return what was built into this process's cache folders, by the name of its count.
 
     Files, not calls, are counted: inductor compiles C++ in threads and Triton in worker
     processes, where a hook of the parent sees nothing, but all write into these folders.
@@ -110,20 +110,13 @@ def kernel_files() -> set[Path]:
     # Private: the only way to ask for the default folder; same module on 2.9 to 2.13.
     from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
+    def named(pattern: str, root: str) -> set[Path]:
+        files = ((at, name) for at, _, names in os.walk(os.path.realpath(root)) for name in names)
+        return {Path(at, name) for at, name in files if re.fullmatch(pattern, name)}
+
+    triton = triton_cache_dir(0)
     # the instruction-set probes are <hash>.so, and no kernels
-    on_cpu = _files(cache_dir(), r".*\.main\.so")
-    return on_cpu | _files(triton_cache_dir(0), r".*\.(cubin|hsaco|spv)")
-
-
-def helper_files() -> set[Path]:
-    """Return the C modules that Triton has gcc build: for the driver, and to launch a kernel."""
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
-
-    return _files(triton_cache_dir(0), r"(cuda_utils|hip_utils|__triton_launcher).*\.so")
-
-
-def _files(root: str, pattern: str) -> set[Path]:
-    walk = os.walk(os.path.realpath(root))
-    return {
-        Path(at, name) for at, _, names in walk for name in names if re.fullmatch(pattern, name)
-    }
+    kernels = named(r".*\.main\.so", cache_dir()) | named(r".*\.(cubin|hsaco|spv)", triton)
+    # C modules that Triton has gcc build: for the driver, and to launch a kernel
+    helpers = named(r"(cuda_utils|hip_utils|__triton_launcher).*\.so", triton)
+    return {"kernels_compiled": kernels, "helpers_built": helpers}

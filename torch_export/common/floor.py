@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script of its own
 
@@ -23,11 +22,9 @@ from common.measures import Stages, process_start, run_metrics
 from common.report import SCHEMA, environment, write_json
 from common.toolchain import open_driver
 
-if TYPE_CHECKING:
-    import torch
-
-# bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU
-_COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+# Bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU. And copies
+# between two reads of the clock: one of 1 GiB takes a GPU half a millisecond.
+_COPIED = {"cuda": (1 << 30, 16), "cpu": (256 << 20, 1)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,24 +78,22 @@ def main(argv: Sequence[str]) -> None:
     console.result(f"copy bandwidth: {rate / 1e9:.1f} GB/s (bytes read + written)")
 
 
-def copy_rates(device: "torch.device") -> list[float]:
+def copy_rates(device) -> list[float]:
     """Return bytes read + written per second of several copies within the device's memory."""
     import torch
 
     from common.target import synchronize
 
-    source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    # one copy of 1 GiB takes a GPU half a millisecond: several between two reads of the clock
-    copies = 16 if device.type == "cuda" else 1
-    rates = []
+    size, copies = _COPIED[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, rates = torch.zeros_like(source), []
     for _ in range(9):
         synchronize(device)
         began = time.perf_counter()
         for _ in range(copies):
             target.copy_(source)
         synchronize(device)
-        rates.append(2 * source.numel() * copies / (time.perf_counter() - began))
+        rates.append(2 * size * copies / (time.perf_counter() - began))
     return rates[2:]  # the first ones warm up
 
 

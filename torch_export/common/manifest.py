@@ -1,17 +1,16 @@
 """The metadata that stands beside an artifact: checked when read, and compared field by field."""
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 # set in processes whose GPU computes nothing: what they make must never meet a real one
 REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
@@ -68,7 +67,7 @@ def dump_manifest(manifest: Manifest) -> str:
 
     What no reader would accept is not written: it raises what json or `parse_manifest` raises.
     """
-    fields = dataclasses.asdict(manifest)
+    fields = asdict(manifest)
     text = json.dumps(fields | {_OWN_DIGEST: _digest(fields)}, indent=2, allow_nan=False) + "\n"
     parse_manifest(text.encode())
     return text

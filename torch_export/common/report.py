@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.manifest import in_rehearsal
-from common.measures import BRIEF_COUNTERS, COMPARED, MEASURES, succeeded
+from common.measures import COMPARED, COMPARED_BRIEFLY, MEASURES, succeeded
 
 SCHEMA = 1
 
@@ -145,10 +145,9 @@ def tell(document: dict, verbose: bool) -> str:
 def compare_table(document: dict, verbose: bool = False) -> str:
     """Return load, skip and benefit: the published rows, with `verbose` every one."""
     titles = {one.label: one.title for one in COMPARED}
-    brief = {*BRIEF_COUNTERS, *(one.label for one in COMPARED if one.brief)}
     rows = []
     for name, entry in document["summary"].items():
-        if verbose or name in brief:
+        if verbose or name in COMPARED_BRIEFLY:
             gain = entry.get("benefit", "")  # a counter has none
             gain = f"{gain:.2f}x" if isinstance(gain, float) else gain
             rows.append([titles.get(name, name), entry["load"], entry["skip"], gain])
@@ -167,19 +166,18 @@ def compare_words(document: dict) -> str:
 
 def benchmark_table(document: dict, verbose: bool = False) -> str:
     """Return a column per mode, a row per measure: the published ones, with `verbose` all."""
-    modes = document["summary"]
+    entries = list(document["summary"].values())
     shown = [one for one in MEASURES if one.brief or verbose]
-    rows = [[one.title, *(modes[mode][one.key] for mode in modes)] for one in shown]
+    rows = [[one.title, *(entry[one.key] for entry in entries)] for one in shown]
     ratios = {"ttft_cold, x floor": "ttft_cold_over_floor"}
     if verbose:
         ratios["decode / copy bandwidth"] = "decode_bandwidth_share"
     for label, key in ratios.items():
-        if any(modes[mode][key] for mode in modes):  # none without the mode floor
-            rows.append([label, *(number(modes[mode][key], 2) for mode in modes)])
-    for name in next(iter(modes.values()))["compile"]:
-        if verbose or name == "kernels_compiled":
-            rows.append([name, *(modes[mode]["compile"][name] for mode in modes)])
-    return markdown_table(["measure", *modes], rows)
+        if any(entry[key] for entry in entries):  # none without the mode floor
+            rows.append([label, *(number(entry[key], 2) for entry in entries)])
+    counters = entries[0]["compile"] if verbose else ["kernels_compiled"]
+    rows += [[name, *(entry["compile"][name] for entry in entries)] for name in counters]
+    return markdown_table(["measure", *document["summary"]], rows)
 
 
 def benchmark_words(document: dict) -> str:
@@ -265,11 +263,11 @@ def logit_errors(found, expected) -> dict[str, float]:
 
 def logits_table(document: dict) -> str:
     """Return mean and largest error of eager and of the artifact, a row per prompt length."""
-    columns = [(mode, of) for mode in ("eager", "load") for of in ("mean", "max")]
+    header = ["prompt tokens", "eager mean", "eager max", "load mean", "load max", "same choice"]
     rows = []
     for row in document["rows"]:
-        errors = [f"{row[mode][f'{of}_abs_error']:.2g}" for mode, of in columns]
-        same = f"{row['load']['same_top_token_share']:.0%}"
-        rows.append([str(row["prompt_length"]), *errors, same])
-    header = ["prompt tokens", *(f"{mode} {of}" for mode, of in columns), "same choice"]
+        eager, load = row["eager"], row["load"]
+        errors = [one[f"{of}_abs_error"] for one in (eager, load) for of in ("mean", "max")]
+        same = f"{load['same_top_token_share']:.0%}"
+        rows.append([row["prompt_length"], *(f"{error:.2g}" for error in errors), same])
     return markdown_table(header, rows)

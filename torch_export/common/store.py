@@ -18,21 +18,18 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from common import artifacts, errors, manifest
 from common.artifacts import ArtifactPair, TrustFlags
 from common.cli import Console, flag
 from common.manifest import Difference, Manifest, describe, one_line
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-    Fits = Callable[[Manifest], list[Difference]]
+Fits = Callable[[Manifest], list[Difference]]
 
 _METADATA = "meta.json"
 _KINDS = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
@@ -64,9 +61,6 @@ class _Entry(NamedTuple):
     digest: str  # sha256 of its metadata file
 
 
-# --- publishing ------------------------------------------------------------------------------
-
-
 def publish(pair: ArtifactPair, url: str | None, approach: str, console: Console) -> None:
     """Put a verified artifact into the store at `url`; without a URL do nothing."""
     if url is None:
@@ -93,7 +87,7 @@ def publish(pair: ArtifactPair, url: str | None, approach: str, console: Console
 
 
 @contextmanager
-def _whole(fs: "AbstractFileSystem", path: str) -> Iterator[str]:
+def _whole(fs: Any, path: str) -> Iterator[str]:
     """Yield where to write a file so that it is made or replaced whole or not at all.
 
     Object stores do that by themselves; a driver with a rename of its own has folders, where it
@@ -128,11 +122,8 @@ def _place_of(built: Manifest) -> str:
     return "/".join(re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(map(str, part))) for part in parts)
 
 
-# --- fetching --------------------------------------------------------------------------------
-
-
 def fetch(
-    pair: ArtifactPair, url: str | None, approach: str, fits: "Fits", trust: TrustFlags,
+    pair: ArtifactPair, url: str | None, approach: str, fits: Fits, trust: TrustFlags,
     console: Console,
 ) -> ArtifactPair:  # fmt: skip
     """Return the local copy of the store's newest artifact that fits; without a URL, `pair`.
@@ -148,8 +139,7 @@ def fetch(
     copies = cache / "llama_artifacts" / approach / _sha256(url.encode())[:16]
     with errors.writing(copies):
         copies.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = copies.glob(f"*/{_METADATA}")
-    at_hand = _parsed((str(path.parent), path.read_bytes()) for path in found)
+    at_hand = _parsed({str(path): path.read_bytes() for path in copies.glob(f"*/{_METADATA}")})
     entries = [entry for entry in at_hand if entry.digest == trust.expect_sha256]
     if not entries:
         try:
@@ -162,7 +152,7 @@ def fetch(
     entry = _choose(entries, fits, url, trust, console)
     folder = copies / entry.digest
     local = ArtifactPair(folder / f"artifact{pair.path.suffix}", folder / _METADATA)
-    if not _is_copy(local, entry):
+    if all(one.digest != entry.digest for one in at_hand):
         _download(url, entry, local, console)
     return local
 
@@ -173,21 +163,21 @@ def _list_store(url: str, approach: str) -> list[_Entry]:
         found = [name for name in names if name.endswith(f"/{_METADATA}")]
         if not found and not fs.exists(root):
             raise FileNotFoundError(root)  # a share that is not mounted, say
-        contents = fs.cat(found) if found else {}
-    return _parsed((path.rpartition("/")[0], content) for path, content in contents.items())
+        return _parsed(fs.cat(found) if found else {})
 
 
-def _parsed(contents: Iterable[tuple[str, bytes]]) -> list[_Entry]:
-    """Return the artifacts whose metadata can be read here; another version's cannot."""
+def _parsed(contents: dict[str, bytes]) -> list[_Entry]:
+    """Return the artifacts whose metadata, by its path, can be read: another version's cannot."""
     entries = []
-    for place, content in contents:
+    for path, content in contents.items():
         with suppress(errors.ArtifactDamagedError):
-            entries.append(_Entry(place, manifest.parse_manifest(content), _sha256(content)))
+            place, built = path.rpartition("/")[0], manifest.parse_manifest(content)
+            entries.append(_Entry(place, built, _sha256(content)))
     return entries
 
 
 def _choose(
-    entries: list[_Entry], fits: "Fits", url: str, trust: TrustFlags, console: Console
+    entries: list[_Entry], fits: Fits, url: str, trust: TrustFlags, console: Console
 ) -> _Entry:
     """Return the newest that fits and may run; with none, list what there is and raise."""
     if not entries:
@@ -203,9 +193,10 @@ def _choose(
         for entry in allowed
     ]
     fitting = [entry for entry, unlike in compared if not unlike]
-    if not fitting:
-        for entry, unlike in compared:
+    for entry, unlike in compared:
+        if unlike and (console.verbose or not fitting):
             console.say(f"  {one_line(entry.place)}: {describe(unlike)}")
+    if not fitting:
         nearest = min((unlike for _, unlike in compared), key=len)
         raise errors.ArtifactMismatchError(
             f"none of the {len(allowed)} artifacts in {url} was built for this; of the nearest, "
@@ -221,21 +212,16 @@ def _choose(
     return chosen
 
 
-def _is_copy(local: ArtifactPair, entry: _Entry) -> bool:
-    path = local.metadata_path
-    return path.exists() and _sha256(path.read_bytes()) == entry.digest
-
-
 def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) -> None:
     """Write the copy as a build is written: whoever is killed, no start finds half of it."""
-    expected = entry.manifest.file
+    digest = entry.manifest.file["sha256"]
 
     def get(path: Path) -> None:
         with _store(url) as (fs, _), _progress("fetch", console) as bar:
-            fs.get_file(f"{entry.place}/{expected['sha256']}.artifact", str(path), callback=bar)
+            fs.get_file(f"{entry.place}/{digest}.artifact", str(path), callback=bar)
 
     def check(record: dict) -> Manifest:
-        if any(record[name] != expected[name] for name in ("bytes", "sha256")):
+        if record["sha256"] != digest:
             raise errors.ArtifactDamagedError(
                 f"what came from {one_line(entry.place)} is not what its metadata says: damaged "
                 "there or on the way; try again, or publish it again"
@@ -243,17 +229,16 @@ def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) ->
         return entry.manifest
 
     with artifacts.building(local, console):
-        if not _is_copy(local, entry):  # else another process was faster
-            artifacts.check_target(local, expected["bytes"])
+        path = local.metadata_path
+        # else another process was faster
+        if not (path.exists() and _sha256(path.read_bytes()) == entry.digest):
+            artifacts.check_target(local, entry.manifest.file["bytes"])
             artifacts.write_pair(local, get, check)
 
 
-# --- drivers ---------------------------------------------------------------------------------
-
-
 @contextmanager
-def _store(url: str) -> Iterator[tuple["AbstractFileSystem", str]]:
-    """Yield the store's file system and its folder there; what a driver raises becomes one line."""
+def _store(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's driver and the folder for it; what a driver raises becomes one line."""
     try:
         # imported here: a start that pins a copy at hand does not pay for it
         import fsspec

@@ -7,16 +7,13 @@ Differences between the supported stacks that both folders meet are settled here
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.cli import Console, SharedFlags
 from common.errors import EnvironmentProblemError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,8 @@ def device_bandwidth(device: torch.device) -> float | None:
     return 2 * kilohertz * 1e3 * bits / 8 or None
 
 
-def load_model(target: Target) -> "PreTrainedModel":
-    """Return the model in eval mode on its device; gradients are off for the whole process."""
+def load_model(target: Target):
+    """Return transformers' model in eval mode on its device; gradients are off from here on."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

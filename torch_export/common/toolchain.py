@@ -44,19 +44,19 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
     python = ["-I", sysconfig.get_path("include")]
     if device.type == "cpu":
         check_compiles("CXX", ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
-        check_openssl()
     else:
         home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         driver = ["-L", str(home / "lib64"), "-lcuda"]
         check_compiles("CC", ("Python.h",), [*python, *driver])  # Triton's launcher
         if host_code:
             check_compiles("CXX", _CUDA_HEADERS, ["-I", str(home / "include"), *driver])
-            check_openssl()
         # where Triton looks, and torch's extension builder for Inductor
         os.environ.setdefault("TRITON_LIBCUDA_PATH", str(home / "lib64"))
         os.environ["CUDA_HOME"] = str(home)
         if builder := sys.modules.get("torch.utils.cpp_extension"):
             builder.CUDA_HOME = str(home)  # it reads the environment once, on import
+    if host_code or device.type == "cpu":
+        check_openssl()
     _show_tuning_as_progress(console)
 
 
@@ -85,14 +85,13 @@ def check_compiles(variable: str, headers: Sequence[str], flags: Sequence[str]) 
     if missing := _MISSING_HEADER.search(ended.stderr):
         reason = f"{missing[1]} is missing, which this build compiles with: {_cure(missing[1])}"
     else:
-        lines = ended.stderr.splitlines()
-        told = [line.strip() for line in lines if "error" in line or "cannot find" in line]
-        reason = f"{command} cannot compile for this build: {told[0] if told else 'no message'}"
+        told = re.search(r".*(?:error|cannot find).*", ended.stderr)
+        text = told[0].strip() if told else "no message"
+        reason = f"{command} cannot compile for this build: {text}"
     raise EnvironmentProblemError(reason)
 
 
 def _cure(header: str) -> str:
-    """Return what to do about a header that is missing."""
     if header == "Python.h":
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
@@ -138,13 +137,12 @@ def assemble_cuda_home(parent: Path) -> Path:
     places = [Path(set_by_user)] if set_by_user else []
     places += [*sorted(packages.glob("nvidia/*")), packages / "triton/backends/nvidia"]
     for place in (*places, Path("/usr/local/cuda")):
-        for folder in (place / "include", place / "include/cccl"):  # from CUDA 13 on some are there
-            for entry in folder.iterdir() if folder.is_dir() else ():
-                link = home / "include" / entry.name
-                if not link.is_symlink():
-                    link.symlink_to(entry)
-    driver = driver_library()
-    if driver is not None:
+        # from CUDA 13 on some are in cccl
+        for entry in (*place.glob("include/*"), *place.glob("include/cccl/*")):
+            link = home / "include" / entry.name
+            if not link.is_symlink():
+                link.symlink_to(entry)
+    if driver := driver_library():
         (home / "lib64/libcuda.so").symlink_to(driver)
     return home
 

@@ -1,5 +1,6 @@
 """A loaded package beside the eager model of the checkpoint that it runs on."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -7,15 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from helpers import Finished, run_command
+from helpers import Finished, run_command, run_script, succeeded
 
-from aotinductor.flags import PackageFileFlags
+from aotinductor.flags import RunSettings
 from aotinductor.lengths import Plan, parse_bounds
 from aotinductor.loading import load_package
 from aotinductor.serving import generate_eagerly
-from common.artifacts import TrustFlags
 from common.checkpoints import CONFIGS, resolve_checkpoint
-from common.cli import Console, SamplingFlags
+from common.cli import Console, SamplingFlags, parse_flags
 from common.manifest import parse_manifest
 from common.measures import Request, Stages, process_start
 from common.prompts import load_codec
@@ -39,6 +39,17 @@ OTHER = CONFIGS["random:tiny"] | {
 }
 
 
+def build(package: Path, *flags: str) -> Finished:
+    """Build a package without tuning: the graph is the same.
+
+    The compiler's probes of this machine and its precompiled headers are shared by all such builds:
+    15 s of each.
+    """
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{os.environ['LLAMA_PRESETS']}/compiler"}
+    own = ("--device=cpu", "--no-max-autotune", f"--package-path={package}", *flags)
+    return succeeded(run_script("build_llama_aotinductor.py", *own, **cache))
+
+
 @dataclass(frozen=True)
 class Prompt:
     token_ids: list[int]
@@ -51,13 +62,12 @@ class Pairing:
     """What the package answers, and what eager `generate` answers."""
 
     def __init__(self, package: Path, model_id: str):
-        pair = PackageFileFlags(package).pair()
-        self.manifest = parse_manifest(pair.metadata_path.read_bytes())
+        (settings,) = parse_flags("", (RunSettings,), [f"--package-path={package}"])
+        self.manifest = parse_manifest(settings.files.pair().metadata_path.read_bytes())
         self.plan = Plan(parse_bounds(self.manifest.recipe), self.manifest.recipe)
         target = Target(resolve_checkpoint(str(model_id), QUIET), CPU, torch.float32)
         stages = Stages(process_start())
-        loaded = load_package(pair, target, self.plan, TrustFlags(), False, 8, stages, QUIET)
-        self._engine = loaded.engine
+        self._engine, _ = load_package(settings, target, self.plan, False, 8, stages, QUIET)
         self.model = load_model(target)
         self.codec = load_codec(target.checkpoint.folder)
         self.weight_bytes = sum(
@@ -72,13 +82,13 @@ class Pairing:
         rest = (prompt.new_tokens, prompt.stop_ids, on_token)
         if self.plan.slots is None:
             padded = partial(self.plan.bounds.padded, bucket_pad=prompt.bucket_pad)
-            return self._engine.generate(prompt.token_ids, padded, 0, *rest)
+            return self._engine.generate(prompt.token_ids, padded, *rest)
         padded = self.plan.bounds.padded(len(prompt.token_ids), prompt.bucket_pad)
         return self._engine.generate(prompt.token_ids, padded, *rest)
 
     def eager(self, prompt, on_token=None):
         return generate_eagerly(
-            self.model, prompt.token_ids, 0, prompt.new_tokens, prompt.stop_ids,
+            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids,
             on_token or (lambda token: None), SamplingFlags(), 0,
         )  # fmt: skip
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from helpers import FOLDER, run_script, succeeded
-from pairing import NEW_TOKENS, OTHER, QUIET, Pairing, run_limited
+from pairing import NEW_TOKENS, OTHER, QUIET, Pairing, build, run_limited
 
 from common.checkpoints import materialize
 
 LENGTHS = (1, 2, 7, 8, 9, 127, 128, 129, 1000, 2048 - NEW_TOKENS)
-BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
+RUN = "run_llama_aotinductor.py"
 SHORT = ["--model-id=random:tiny", "--prompt-length=9", "--max-new-tokens=4"]
 
 
@@ -28,8 +28,7 @@ def other(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     checkpoint = materialize(OTHER, folder / "checkpoint", QUIET)
     package = folder / "other.pt2"
-    flags = ["--device=cpu", "--no-max-autotune", f"--package-path={package}"]
-    succeeded(run_script(BUILD, f"--model-id={checkpoint}", *flags))
+    build(package, f"--model-id={checkpoint}")
     return Pairing(package, checkpoint)
 
 

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
+from pairing import build
 
 from common.checkpoints import CONFIGS, materialize
 from common.cli import Console
 from common.measures import MEASURES
 
-BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
+RUN = "run_llama_aotinductor.py"
 SMALL = [
     "--model-id=random:tiny",
     "--device=cpu",
@@ -81,10 +82,13 @@ def test_benchmark_measures_all_modes_and_export_at_runtime(copied_folder, tmp_p
 
 
 def test_a_static_package_gives_one_token_and_says_why_not_two(tmp_path, presets_folder):
-    package = f"--package-path={tmp_path / 'static.pt2'}"
-    flags = ["--device=cpu", package, "--no-dynamic-seq-len", "--example-seq-len=16"]
-    succeeded(run_script(BUILD, *flags, "--no-max-autotune"))
-    one = [package, "--device=cpu", "--prompt-length=9", "--max-new-tokens=1"]
+    build(tmp_path / "static.pt2", "--no-dynamic-seq-len", "--example-seq-len=16")
+    one = [
+        f"--package-path={tmp_path / 'static.pt2'}",
+        "--device=cpu",
+        "--prompt-length=9",
+        "--max-new-tokens=1",
+    ]
     done = succeeded(run_script(RUN, *one, result=tmp_path / "run.json"))
     eager = succeeded(run_script(RUN, *one, "--eager", result=tmp_path / "eager.json"))
     assert done.result["output"]["padded_tokens"] == 16
@@ -156,12 +160,9 @@ from aotinductor import verify
 verify.TOLERANCES["float32"] = 0.0
 script.run_script(script.main, sys.argv[1:])
 """
-    flags = ["--model-id=random:tiny", "--device=cpu", "--no-dynamic-seq-len"]
-    flags += [
-        "--example-seq-len=8",
-        "--no-max-autotune",
-        f"--package-path={tmp_path / package.name}",
-    ]
+    flags = ["--model-id=random:tiny", "--device=cpu", "--no-max-autotune", "--no-embed-weights"]
+    flags += ["--no-dynamic-seq-len", "--example-seq-len=8"]
+    flags += [f"--package-path={tmp_path / package.name}"]
     done = run_command([sys.executable, "-c", strict, *flags])
     assert done.status == 1, done.stderr
     assert "the package's logits are not the model's" in done.stderr.splitlines()[-1]

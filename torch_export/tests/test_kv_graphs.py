@@ -14,16 +14,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aotinductor import kv_graphs
-from aotinductor.compile_package import compile_kv_package
+from aotinductor.compile_package import compile_package
 from aotinductor.flags import ShapeFlags
-from aotinductor.kv_generation import CacheShape, Generator, rope_table
+from aotinductor.kv_generation import CacheShape, Generator
 from aotinductor.lengths import make_bounds
+from aotinductor.loading import make_engine
 from aotinductor.package import open_model
 from common.errors import UsageError
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
 LENGTHS = (100, 1, 7, 63, 64, 65, 129)  # a long one first: what it leaves must not leak
-BOUNDS = make_bounds(ShapeFlags(max_seq_len=176, dynamic_seq_multiple=8))
+BOUNDS = make_bounds(ShapeFlags(64, max_seq_len=176, dynamic_seq_multiple=8))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -47,15 +48,13 @@ class Uncompiled:
     graph: torch.nn.Module
 
     @torch.no_grad()
-    def run(self, inputs):
+    def __call__(self, inputs):
         return [self.graph(*inputs)]
 
 
 def make_generator(model, prefill, decode) -> Generator:
-    cache = CacheShape.of(model.config, SLOTS)
-    recipe = kv_graphs.rope_recipe(model)
-    table = rope_table(**recipe, slots=SLOTS, dtype=model.dtype, device=model.device)
-    return Generator(prefill, decode, cache, table)
+    details = kv_graphs.describe_state(model, CacheShape.of(model.config, SLOTS))
+    return make_engine([prefill, decode], details, model.dtype, model.device)
 
 
 def uncompiled_generator(model) -> Generator:
@@ -118,7 +117,7 @@ def test_reset_forgets_what_absent_weights_left_behind():
 
 
 class Untouchable:
-    def run(self, inputs):
+    def __call__(self, inputs):
         raise AssertionError("a graph was called beyond what it checks")
 
 
@@ -162,7 +161,7 @@ def test_of_equal_logits_the_first_one_wins_as_in_eager(vocab):
 
 def compile_graphs(model, package: Path) -> dict[str, str]:
     """Write a package of both graphs; return the host code that Inductor generated for each."""
-    compile_kv_package(model, BOUNDS, SLOTS, 64, package, embed_weights=False, max_autotune=False)
+    compile_package(model, BOUNDS, SLOTS, package, embed_weights=False, max_autotune=False)
     with zipfile.ZipFile(package) as archive:
         return {
             name.split("/")[-2]: archive.read(name).decode()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import FOLDER, run_command, run_script, succeeded
-from pairing import OTHER, QUIET, Pairing, run_limited, timed
+from pairing import OTHER, QUIET, Pairing, build, run_limited, timed
 from safetensors.torch import load_file, save_file
 
 from common.checkpoints import CONFIGS, folder_name, materialize
@@ -21,15 +21,10 @@ TINY = ["--model-id=random:tiny", "--device=cpu"]
 SHORT = ["--device=cpu", "--prompt-length=9", "--max-new-tokens=4"]
 
 
-def build(package, model_id, *flags):
-    files = [f"--model-id={model_id}", f"--package-path={package}", "--device=cpu"]
-    return succeeded(run_script(BUILD, *files, "--kv-cache", "--no-max-autotune", *flags))
-
-
 @pytest.fixture(scope="module")
 def kv_package(tmp_path_factory):
     package = tmp_path_factory.mktemp("kv") / "kv.pt2"
-    build(package, "random:tiny")
+    build(package, "--kv-cache")
     return package
 
 
@@ -155,7 +150,8 @@ def test_another_architecture_is_refused_by_its_configuration(kv_package, other_
 
 def test_another_llama_with_its_weights_in_the_package(other_checkpoint, tmp_path):
     package = tmp_path / "other.pt2"
-    build(package, other_checkpoint, "--embed-weights", "--max-seq-len=256")
+    small = ("--kv-cache", "--embed-weights", "--max-seq-len=256")
+    build(package, f"--model-id={other_checkpoint}", *small)
     other = Pairing(package, other_checkpoint)
     # once, although two graphs read them
     assert other.weight_bytes < package.stat().st_size < 1.5 * other.weight_bytes
@@ -169,8 +165,7 @@ def test_another_llama_with_its_weights_in_the_package(other_checkpoint, tmp_pat
 
 def test_a_base_graph_of_code_only_is_bound_too(tmp_path, presets_folder):
     package = tmp_path / "base.pt2"
-    files = [*TINY, f"--package-path={package}", "--no-embed-weights", "--max-seq-len=64"]
-    succeeded(run_script(BUILD, *files, "--no-max-autotune"))
+    build(package, "--no-embed-weights", "--max-seq-len=64")
     assert (
         package.stat().st_size
         < (presets_folder / folder_name("random:tiny") / "model.safetensors").stat().st_size

@@ -8,18 +8,22 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from aotinductor.kv_generation import CacheShape, Generator, make_sampler
+from aotinductor.kv_generation import CacheShape, Generator, Sampler
+from common.cli import SamplingFlags
 
-CPU = torch.device("cpu")
 DRAWS = 2000
 LIMITS = [
-    (1.0, None, 1.0),
-    (0.7, None, 1.0),
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
     (1.3, 5, 1.0),
-    (1.0, None, 0.6),
+    (1.0, 0, 0.6),
     (0.8, 50, 0.9),
     (1.0, 1000, 0.01),  # more than the vocabulary, and less than the likeliest token
 ]
+
+
+def make_sampler(*limits, seed: int) -> Sampler:
+    return Sampler(SamplingFlags(*limits), torch.Generator().manual_seed(seed))
 
 
 def make_logits(seed: int) -> torch.Tensor:
@@ -40,7 +44,7 @@ def transformers_weights(logits, temperature, top_k, top_p) -> torch.Tensor:
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_distribution_is_that_of_transformers(limits, dtype):
-    sampler = make_sampler(*limits, seed=0, device=CPU)
+    sampler = make_sampler(*limits, seed=0)
     for seed in range(20):
         logits = make_logits(seed).to(dtype)
         expected = transformers_weights(logits.float(), *limits)
@@ -51,7 +55,7 @@ def test_distribution_is_that_of_transformers(limits, dtype):
 def test_draws_follow_the_distribution(limits):
     logits = make_logits(0)
     expected = transformers_weights(logits, *limits)[0].double()
-    sampler = make_sampler(*limits, seed=1, device=CPU)
+    sampler = make_sampler(*limits, seed=1)
     drawn = torch.cat([sampler.draw(logits) for _ in range(DRAWS)]).flatten()
     counts = drawn.bincount(minlength=expected.numel())
     assert (counts[expected == 0] == 0).all()
@@ -62,15 +66,11 @@ def test_draws_follow_the_distribution(limits):
 
 def test_a_seed_repeats_its_draws_and_another_one_does_not():
     def draws(seed):
-        sampler = make_sampler(1.0, None, 1.0, seed=seed, device=CPU)
+        sampler = make_sampler(1.0, seed=seed)
         return [sampler.draw(make_logits(0)).item() for _ in range(40)]
 
     assert draws(3) == draws(3)
     assert draws(3) != draws(4)
-
-
-def test_temperature_zero_leaves_the_choice_to_the_graph():
-    assert make_sampler(0.0, 5, 0.9, seed=0, device=CPU) is None
 
 
 class Recorder:
@@ -80,7 +80,7 @@ class Recorder:
         self.token_at = token_at
         self.given = []
 
-    def run(self, inputs):
+    def __call__(self, inputs):
         token = inputs[self.token_at]
         self.given.append(token.item())
         logits = make_logits(len(self.given))
@@ -94,7 +94,7 @@ def test_the_drawn_token_is_the_one_that_decode_goes_on_from():
         cache = CacheShape(layers=1, kv_heads=1, slots=64, head_dim=2)
         generator = Generator(Recorder(token_at=1), decode, cache, torch.zeros(2, 64, 2))
         streamed = []
-        sampler = make_sampler(1.0, None, 1.0, seed=seed, device=CPU)
+        sampler = make_sampler(1.0, seed=seed)
         tokens = generator.generate([1, 2], 8, 32, on_token=streamed.append, sampler=sampler)
         assert streamed == tokens
         assert decode.given == tokens[:-1]

@@ -7,7 +7,7 @@ its cache and for a stop token. Everything else is the project's own code.
 
 def answer_text(module):
     module.TextCodec.decode = lambda self, token_ids: f"<{len(token_ids)} tokens>"
-    module.Printer.of_request = lambda self, number: lambda token_id: None
+    module.text_printer = lambda codec: lambda token_id: None
 
 
 def answer_difference(module):

@@ -89,5 +89,5 @@ def test_a_bad_flag_is_one_clear_line_and_status_2(argv, words, capsys):
 def test_the_configuration_is_json_values():
     config = config_of(Theirs(place=Path("/a")), Mine())
     assert config == {
-        "text": "hello", "lengths": [1, 2], "place": "/a", "runs": 2, "strict": False,
+        "text": "hello", "lengths": (1, 2), "place": "/a", "runs": 2, "strict": False,
     }  # fmt: skip

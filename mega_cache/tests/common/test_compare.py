@@ -25,7 +25,7 @@ requests = [{{"seconds": 1.0, "ttft_seconds": 0.1, "new_tokens": 10}}] * 2
 result = {{
     "metrics": metrics, "compile": {{"kernels_compiled": 0}}, "environment": {{"torch": "x"}},
     "stages": {{"imports": 0.3, "weights": 0.2, "prefill": 0.1, "decode": 0.4}},
-    "requests": requests,
+    "requests": requests, "decode": {{"seconds_per_token": 0.1, "bytes_per_second": 1e9}},
     "output": {{"token_ids": tokens, "text": "", "requests_identical": True,
                 "new_tokens": len(tokens), "prompt_tokens": int(flags.get("prompt-length", 3))}},
 }}
@@ -104,7 +104,8 @@ def test_a_sweep_finds_other_tokens_at_any_length(trial_script, tmp_path):
     flags = {"modes": tuple(modes), "sweep_prompt_lengths": (8, 128)}
     document = run_benchmark(trial_script, tmp_path / "a.json", modes, **flags)
     assert [entry["prompt_length"] for entry in document["sweep"]] == [8, 8, 128, 128]
-    assert document["sweep"][0]["seconds_per_token"] == pytest.approx(0.1)
+    assert document["sweep"][0]["seconds_per_token"] == 0.1
+    assert document["sweep"][0]["ttft_seconds"] == 0.1
     # a mode whose tokens depend on what comes last on its command line: the sweep's own words
     script = trial_script.read_text().replace(
         "tokens = ", 'tokens = [7] if "eager" in flags and "prompt-length" in flags else '

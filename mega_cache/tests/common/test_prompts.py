@@ -2,13 +2,18 @@
 
 import io
 import sys
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 from common.checkpoints import resolve_checkpoint
 from common.cli import Console, PromptFlags
 from common.errors import UsageError
-from common.prompts import Printer, bucket_for, load_codec, prompts_of
+from common.measures import Stages, process_start
+from common.prompts import load_codec, prompts_of, text_printer
+from common.serve import serve_requests
+from common.target import Target
 
 PROMPT = "Write a short explanation of portable torch.compile caches."
 TEXT = "Grüße, 🦙!"
@@ -59,7 +64,7 @@ def test_synthetic_prompts_follow_from_length_and_seed(codec):
 
 
 def test_text_is_shown_as_it_comes_and_whole_characters_only(codec, capsys):
-    show = Printer(PromptFlags(), codec).of_request(0)
+    show = text_printer(codec)
     seen = []
     for token_id in codec.encode(TEXT):
         show(token_id)
@@ -70,7 +75,7 @@ def test_text_is_shown_as_it_comes_and_whole_characters_only(codec, capsys):
 
 
 def test_what_is_no_whole_text_is_shown_at_the_end(codec, capsys):
-    show = Printer(PromptFlags(), codec).of_request(0)
+    show = text_printer(codec)
     token_ids = codec.encode("ab🦙")[:-1]
     for token_id in token_ids:
         show(token_id)
@@ -78,13 +83,27 @@ def test_what_is_no_whole_text_is_shown_at_the_end(codec, capsys):
     assert capsys.readouterr().out == codec.decode(token_ids) + "\n"
 
 
-def test_the_same_prompt_is_shown_once_and_each_prompt_of_a_file(codec, capsys, tmp_path):
-    Printer(PromptFlags(), codec).of_request(1)(codec.encode("a")[0])
-    assert capsys.readouterr().out == ""
-    Printer(PromptFlags(prompts_file=tmp_path), codec).of_request(1)(codec.encode("a")[0])
-    assert capsys.readouterr().out == "a"
+@pytest.mark.parametrize(("show_completions", "times"), [(False, 1), (True, 3)])
+def test_the_same_prompt_is_shown_once_unless_all_are_asked_for(
+    tiny, codec, capsys, show_completions, times
+):
+    @dataclass(frozen=True)
+    class Settings:
+        prompt: PromptFlags
 
+    def generate(prompt, on_token):
+        for token_id in prompt:
+            on_token(token_id)
+        return prompt
 
-def test_the_nearest_bucket_that_holds_the_prompt():
-    assert bucket_for(100, (64, 128, 256)) == 128
-    assert bucket_for(257, (64, 128, 256)) is None
+    settings = Settings(PromptFlags(show_completions=show_completions))
+    target = Target(tiny, torch.device("cpu"), torch.float32)
+    prompts = [codec.encode("ab")] * 3
+    stages, quiet = Stages(process_start()), Console(quiet=True)
+    document = serve_requests(
+        "any", "eager", settings, target, codec, prompts, generate, stages, None, quiet
+    )
+    assert capsys.readouterr().out == "ab\n" * times
+    assert document["completions"] == ["ab"] * 3
+    assert document["output"]["requests_identical"] is True
+    assert list(document["stages"]) == ["prefill", "decode"]

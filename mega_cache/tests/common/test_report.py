@@ -12,6 +12,7 @@ from common.measures import (
     MEASURES,
     Request,
     Stages,
+    decode_seconds_per_token,
     process_start,
     run_metrics,
     summarize,
@@ -37,12 +38,19 @@ def test_measures_follow_from_the_requests(served, setup, rest):
 
 
 def test_what_one_request_cannot_tell_is_unknown():
-    metrics = run_metrics([Request(2.0, None, 4)], 1.0, 3.5)
-    assert metrics["ttft_cold_start_seconds"] is None
+    one = [Request(2.0, 0.5, 1)]
+    metrics = run_metrics(one, 1.0, 3.5)
     assert metrics["tail_tokens_per_second"] is None
+    assert decode_seconds_per_token(one) is None
+    assert run_metrics([], 1.0, 3.5)["ttft_cold_start_seconds"] is None
     assert report.number(None) == "-"
     assert summarize([None, None]) is None
     assert summarize([1.0, None, 3.0]) == {"mean": 2.0, "min": 1.0, "max": 3.0, "n": 2}
+
+
+def test_the_first_request_and_prefill_are_no_part_of_the_steady_decode():
+    assert decode_seconds_per_token([Request(9.0, 1.0, 3), Request(1.0, 0.1, 10)]) == 0.1
+    assert decode_seconds_per_token([Request(9.0, 1.0, 3)]) == 4.0
 
 
 def test_every_measure_has_its_unit():

@@ -165,12 +165,15 @@ def test_without_a_url_nothing_is_done(pair):
 # --- choosing --------------------------------------------------------------------------------
 
 
-def test_the_newest_that_fits_is_taken(pair, url):
+def test_the_newest_that_fits_is_taken_and_the_others_are_named(pair, url, capsys):
     publish(pair, url, 1, recipe={"max_cache_len": 512})
     publish(pair, url, 2, recipe={"max_cache_len": 2048})
     publish(pair, url, 3, HERE | {"torch": "2.13.0"})
     publish(pair, url, 4, {"torch": "2.9.1", "gpu": None, "cuda": None}, {"device": "cpu"})
-    assert fetch(url)[1] == 2
+    assert fetch(url, console=Console(quiet=False, verbose=True))[1] == 2
+    told = capsys.readouterr().err
+    assert "torch: built with 2.13.0, found 2.9.1" in told
+    assert "gpu: built with none, found NVIDIA H200" in told
 
 
 def test_with_none_that_fits_what_there_is_is_listed_with_its_difference(pair, url, capsys):
