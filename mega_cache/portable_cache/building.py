@@ -88,8 +88,9 @@ def build(settings: BuildSettings, console: Console) -> dict:
     if settings.build.verify:
         verify(builder, manifest, saved.blob)
         stages.close("verify")
-    written = write_artifact(settings.files.pair(), manifest, saved.blob)
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
+    written = asdict(write_artifact(settings.files.pair(), manifest, saved.blob))
+    del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
+    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **written}
 
 
 def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
