@@ -207,10 +207,11 @@ def materialize(config: dict[str, Any], folder: Path, console: Console, seed: in
 
     Made beside its final place and renamed, so that a folder of this name is always whole.
     """
-    from filelock import FileLock
-
     if folder.is_dir():
         return folder
+    # imported here: every start of a preset comes by, and writes nothing
+    from filelock import FileLock
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
     with FileLock(folder.with_name(f".{folder.name}.lock")), draft as temporary:
