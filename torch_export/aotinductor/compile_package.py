@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
@@ -102,17 +102,20 @@ def portable_host_code(device: torch.device) -> Iterator[None]:
 
     # 256 bits is AVX2; "ok": its probe of every instruction set takes six seconds
     options = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
-    if hasattr(config.cpp, "march"):  # torch 2.13
-        options["cpp.march"] = COMMON_LEVEL
-    # Private: up to torch 2.11 the flag is a literal in here, and there is no setting for it.
-    stock = cpp_builder._get_optimization_cflags
+    with ExitStack() as patches:
+        if hasattr(config.cpp, "march"):  # torch 2.13
+            options["cpp.march"] = COMMON_LEVEL
+        else:
+            # Private: up to torch 2.11 the flag is a literal in here, and there is no setting.
+            stock = cpp_builder._get_optimization_cflags
 
-    def for_common_level(*args, **kwargs):
-        cflags, ldflags = stock(*args, **kwargs)
-        return [f.replace("march=native", f"march={COMMON_LEVEL}") for f in cflags], ldflags
+            def for_common_level(*args, **kwargs):
+                cflags, ldflags = stock(*args, **kwargs)
+                return [f.replace("march=native", f"march={COMMON_LEVEL}") for f in cflags], ldflags
 
-    mend = patch.object(cpp_builder, "_get_optimization_cflags", for_common_level)
-    with config.patch(options), mend:
+            mend = patch.object(cpp_builder, "_get_optimization_cflags", for_common_level)
+            patches.enter_context(mend)
+        patches.enter_context(config.patch(options))
         yield
 
 
