@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mega_cache"))
 
-from common.report import benchmark_table, compare_table, markdown_table, sweep_table
+from common.measure.report import benchmark_table, compare_table, markdown_table, sweep_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

@@ -9,8 +9,8 @@ compiles. Build the artifact first with ./build.sh.
 from collections.abc import Sequence
 
 from common.cli import BenchmarkFlags, ComparisonFlags, parse_flags
-from common.compare import Subject, benchmark
 from common.errors import run_script
+from common.measure.compare import Subject, benchmark
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 MODES = {

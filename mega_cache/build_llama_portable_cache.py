@@ -9,10 +9,12 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 import shlex
 from collections.abc import Sequence
 
-from common import artifacts, store, toolchain, trials
+from common.artifact import disk, store
 from common.cli import Console, parse_flags
+from common.compiler import toolchain
 from common.errors import run_script
-from common.report import markdown_table, write_json
+from common.measure import trials
+from common.measure.report import markdown_table, write_json
 from portable_cache.flags import APPROACH, BuildSettings
 
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
@@ -24,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
     toolchain.open_driver(settings.shared.device)
-    with trials.private_compiler_caches(), artifacts.building(pair, console):
-        artifacts.check_target(pair, NEEDED_BYTES)
+    with trials.private_compiler_caches(), disk.building(pair, console):
+        disk.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
         from portable_cache.building import build
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.errors import run_script
-from common.report import logits_table, write_json
-from common.trials import private_compiler_caches
+from common.measure.report import logits_table, write_json
+from common.measure.trials import private_compiler_caches
 from portable_cache.flags import UNTOLD, RunSettings
 
 

@@ -7,10 +7,11 @@
 
 from collections.abc import Sequence
 
-from common import report, toolchain, trials
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
-from common.compare import Subject, compare
+from common.compiler import toolchain
 from common.errors import ArtifactMismatchError, UsageError, run_script
+from common.measure import report, trials
+from common.measure.compare import Subject, compare
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     toolchain.open_driver(settings.shared.device)
     with trials.private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
-        from common.serve import print_run
+        from common.measure.requests import print_run
         from portable_cache.serving import run
 
         document = run(settings, console)

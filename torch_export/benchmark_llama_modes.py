@@ -13,8 +13,8 @@ from pathlib import Path
 from aotinductor.flags import APPROACH, EAGER, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan
 from common.cli import BenchmarkFlags, ComparisonFlags, parse_flags
-from common.compare import Subject, benchmark
 from common.errors import run_script
+from common.measure.compare import Subject, benchmark
 
 RUN_SCRIPT = Path(__file__).with_name("run_llama_aotinductor.py")
 MODES = {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER}

@@ -9,8 +9,9 @@ package may be as far off as eager in the same dtype is; much more is a failure.
 from collections.abc import Sequence
 
 from aotinductor.flags import RunSettings
-from common import errors, report, trials
+from common import errors
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
+from common.measure import report, trials
 
 # kernels that add up in another order: a few times eager's own error, or float32's rounding
 ALLOWED = 4.0

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
-from common import errors, toolchain, trials
+from common import errors
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
+from common.compiler import toolchain
+from common.measure import trials
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     if comparing.compare_load_vs_skip:
         # imported here: a plain run starts without them
         from aotinductor.lengths import find_plan
-        from common.compare import Subject, compare
+        from common.measure.compare import Subject, compare
 
         if settings.store.fetch is None:
             find_plan(settings)  # a disagreement shows before any trial
@@ -33,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
     with trials.private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.serving import run
-        from common.report import write_json
-        from common.serve import print_run
+        from common.measure.report import write_json
+        from common.measure.requests import print_run
 
         document = run(settings, console)
     write_json(document, settings.shared.json)

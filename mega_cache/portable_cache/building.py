@@ -8,13 +8,16 @@ from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
 
-from common import compile_counts, errors, report, toolchain, trials, weights
-from common.artifacts import ArtifactPair, write_pair
+from common import errors
+from common.artifact.disk import ArtifactPair, write_pair
+from common.artifact.manifest import SCHEMA, Manifest
 from common.cli import Console
-from common.manifest import SCHEMA, Manifest
-from common.measures import Stages, process_start
-from common.prompts import TextCodec, load_codec
-from common.target import Target, choose_target
+from common.compiler import counts, toolchain
+from common.measure import report, trials
+from common.measure.measures import Stages, process_start
+from common.model import weights
+from common.model.target import Target, choose_target
+from common.model.tokenizer import TextCodec, load_codec
 from portable_cache import attention, bundle, decode_ahead, generation, hits, verification
 from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
 from portable_cache.recipe import recipe
@@ -49,7 +52,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.watch()
     target = choose_target(settings.shared, console)
     toolchain.prepare_toolchain(target.device, host_code=False, console=console)
-    compile_counts.watch_compilation()
+    counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
     folder = target.checkpoint.folder
@@ -101,10 +104,10 @@ def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     new_tokens = max(2, min(flags.decode_length, slots - length))
     generation.configure_generation(model, flags, new_tokens)
     generate = generation.make_generate(model, cache, seed)
-    watch = compile_counts.watch_compilation()
-    before, began = compile_counts.read_counts(watch), time.monotonic()
+    watch = counts.watch_compilation()
+    before, began = counts.read_counts(watch), time.monotonic()
     token_ids = generate(prompt, lambda token_id: None)
-    seconds, after = time.monotonic() - began, compile_counts.read_counts(watch)
+    seconds, after = time.monotonic() - began, counts.read_counts(watch)
     compiled = {name: after[name] - before[name] for name in ("unique_graphs", "kernels_compiled")}
     builder.console.say(
         f"  cache of {slots} slots, prompt of {length} tokens: {compiled['unique_graphs']} "

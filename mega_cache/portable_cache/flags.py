@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli
-from common.artifacts import ArtifactPair, TrustFlags
+from common.artifact.disk import ArtifactPair, TrustFlags
+from common.artifact.store import FetchFlags, PublishFlags
 from common.cli import flag, non_negative_int, positive_int, positive_ints
-from common.store import FetchFlags, PublishFlags
 
 FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "mega_cache"

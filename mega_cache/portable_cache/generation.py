@@ -13,8 +13,8 @@ import transformers
 from transformers import Cache, PreTrainedModel
 
 from common.errors import UsageError
-from common.serve import Generate, TokenStreamer
-from common.target import Target
+from common.measure.requests import Generate, TokenStreamer
+from common.model.target import Target
 from portable_cache import attention
 from portable_cache.flags import DYNAMIC, CompileFlags
 

@@ -5,10 +5,12 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from common import artifacts, compile_counts, manifest, report, toolchain
+from common.artifact import disk, manifest
 from common.cli import Console
+from common.compiler import counts, toolchain
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
-from common.target import Target
+from common.measure import report
+from common.model.target import Target
 from portable_cache import bundle, decode_ahead, hits
 from portable_cache.flags import APPROACH, RunSettings
 from portable_cache.recipe import find_differences
@@ -18,7 +20,7 @@ from portable_cache.recipe import find_differences
 class Compiler:
     """What is watched of the compiler, and what an artifact brought, if one was loaded."""
 
-    watch: compile_counts.Watch
+    watch: counts.Watch
     lookups: list[hits.Lookup]  # of this process: it grows
     built: list[hits.Lookup] = field(default_factory=list)  # those of the build
     step: decode_ahead.SavedStep | None = None
@@ -28,7 +30,7 @@ class Compiler:
         """Check the artifact against this run, then load it; each doubt is an error of its kind."""
         bundle.check_caches_are_on()
         pair, flags = settings.files.pair(), settings.compilation
-        with artifacts.open_verified(pair, APPROACH, settings.trust, console) as verified:
+        with disk.open_verified(pair, APPROACH, settings.trust, console) as verified:
             built = verified.manifest
             manifest.raise_if_different(pair.path, find_differences(built, target, flags))
             if slots not in flags.cache_lengths():
@@ -39,7 +41,7 @@ class Compiler:
                 )
             for one in manifest.differences(built.environment, report.environment(), ("driver",)):
                 console.warn(f"{manifest.describe([one])}: usually harmless")
-            blob = artifacts.read_blob(verified)
+            blob = disk.read_blob(verified)
         try:
             loaded = bundle.load_bundle(blob)
         except (ArtifactDamagedError, ArtifactMismatchError) as error:
@@ -82,18 +84,18 @@ class Compiler:
                 console.warn(f"{error}; tracing instead")
         import torch._inductor.compile_fx  # noqa: F401  or request 1 would pay for it
 
-    def describe(self, counts: dict[str, int | None]) -> dict[str, Any]:
+    def describe(self, counted: dict[str, int | None]) -> dict[str, Any]:
         """Return what was loaded, what was looked up, and what did not hit."""
         graphs = [{"cache": one.cache, "key": one.key, "hit": one.hit} for one in self.lookups]
-        kernels = compile_counts.compiled_kernels(self.watch)
-        misses = hits.missed(self.lookups, self.built) + hits.made_anew(counts, kernels)
+        kernels = counts.compiled_kernels(self.watch)
+        misses = hits.missed(self.lookups, self.built) + hits.made_anew(counted, kernels)
         return {"artifact": self.artifact, "graphs": graphs, "misses": misses}
 
 
 def open_compiler(settings: RunSettings, target: Target, slots: int, console: Console) -> Compiler:
     """Set the compiler up, and load the artifact: must, must not, or if it can be."""
     bundle.configure()
-    compiler = Compiler(compile_counts.watch_compilation(), hits.watch_lookups())
+    compiler = Compiler(counts.watch_compilation(), hits.watch_lookups())
     if settings.loading.mode == "load":
         try:
             compiler.load(settings, target, slots, console)

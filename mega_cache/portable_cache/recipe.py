@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from common.manifest import Difference, Manifest, differences
-from common.report import environment
-from common.target import Target
+from common.artifact.manifest import Difference, Manifest, differences
+from common.measure.report import environment
+from common.model.target import Target
 from portable_cache.flags import APPROACH, CompileFlags
 
 # a cache built under another value of one of these is never hit

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import artifacts, serve, weights
+from common.artifact import disk
+from common.artifact.store import fetch
 from common.cli import Console
 from common.errors import ScriptError
-from common.measures import Stages, process_start
-from common.prompts import TextCodec, load_codec, prompts_of
-from common.store import fetch
-from common.target import Target, choose_target
+from common.measure import requests
+from common.measure.measures import Stages, process_start
+from common.model import weights
+from common.model.target import Target, choose_target
+from common.model.tokenizer import TextCodec, load_codec, prompts_of
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
 from portable_cache.recipe import find_differences, settle
 
@@ -34,7 +36,7 @@ class Ready:
     compiler: "Compiler | None"  # the eager mode imports nothing of it
     model: "PreTrainedModel"
     cache: "Cache | None"
-    generate: serve.Generate
+    generate: requests.Generate
 
 
 def run(settings: RunSettings, console: Console) -> dict:
@@ -42,7 +44,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     stages = Stages(process_start())
     ready = set_up(settings, stages, console)
     compiler = ready.compiler
-    document = serve.serve_requests(
+    document = requests.serve_requests(
         APPROACH, settings.loading.mode, settings, ready.target, ready.codec, ready.prompts,
         ready.generate, stages, compiler and compiler.watch, console,
     )  # fmt: skip
@@ -110,5 +112,5 @@ def settle_artifact(settings: RunSettings, target: Target, console: Console) -> 
                 raise
             console.warn(f"{error}; compiling instead")
             loading = replace(loading, load_artifacts=False)
-    flags = settle(told, artifacts.peek_manifest(pair))
+    flags = settle(told, disk.peek_manifest(pair))
     return replace(settings, files=CacheFileFlags(*pair), loading=loading, compilation=flags)

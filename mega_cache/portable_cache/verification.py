@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
-from common.measures import Stages, process_start
-from common.report import logit_errors, logits_document
-from common.target import load_model
+from common.measure.measures import Stages, process_start
+from common.measure.report import logit_errors, logits_document
+from common.model.target import load_model
 from portable_cache import serving
 from portable_cache.flags import APPROACH, RunSettings
 

@@ -71,7 +71,7 @@ def copied_folder(shared_folder, shared_folders):
 def subject(copied_folder):
     from faults import Subject
 
-    from common.artifacts import ArtifactPair
+    from common.artifact.disk import ArtifactPair
 
     artifact = copied_folder / "artifacts" / "llama3b_torchcompile_cache.bin"
     short = ("--prompt-length=12", "--max-new-tokens=3")
@@ -102,10 +102,10 @@ def eager_tokens(presets_folder):
     """Return a function from prompt length to the greedy tokens of uncompiled `generate`."""
     import torch
 
-    from common.checkpoints import resolve_checkpoint
     from common.cli import Console
-    from common.prompts import load_codec
-    from common.target import Target, load_model
+    from common.model.checkpoint import resolve_checkpoint
+    from common.model.target import Target, load_model
+    from common.model.tokenizer import load_codec
     from portable_cache import generation
 
     checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))

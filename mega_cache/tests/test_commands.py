@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import FOLDER, run_command, run_script, run_wrapper, succeeded
 
-from common.measures import MEASURES
+from common.measure.measures import MEASURES
 
 RUN = "run_llama_with_portable_cache.py"
 TINY = ["--model-id=random:tiny", "--device=cpu"]

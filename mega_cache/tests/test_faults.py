@@ -19,10 +19,10 @@ import pytest
 from faults import FOLDER, ScriptServer, copy_pair, edit_metadata, mutations, put
 from helpers import run_command, user_environment
 
-from common.artifacts import TrustFlags, open_verified
+from common.artifact.disk import TrustFlags, open_verified
+from common.artifact.manifest import SCHEMA, parse_manifest
 from common.cli import Console
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import SCHEMA, parse_manifest
 
 QUIET = Console(quiet=True)
 DAMAGED, MISMATCH, ENVIRONMENT, UNTRUSTED = 3, 4, 5, 6

@@ -7,7 +7,7 @@ import sys
 from faults import FOLDER
 from helpers import run_command, run_script, succeeded
 
-from common.artifacts import ArtifactPair
+from common.artifact.disk import ArtifactPair
 
 
 def test_another_user_starts_from_a_published_build(subject, tmp_path):

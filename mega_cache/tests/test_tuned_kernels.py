@@ -25,7 +25,7 @@ PROGRAM = """
 import gc, json, sys
 import torch
 import torch._inductor.config
-from common.compile_counts import compiled_kernels, read_counts, watch_compilation
+from common.compiler.counts import compiled_kernels, read_counts, watch_compilation
 from portable_cache import bundle
 
 if "--long-names" not in sys.argv:

@@ -11,10 +11,13 @@ from aotinductor.lengths import make_bounds
 from aotinductor.recipe import make_recipe
 from aotinductor.runtime_compile import make_package
 from aotinductor.verify import verify_package
-from common import artifacts, manifest, report, toolchain, weights
+from common.artifact import disk, manifest
 from common.cli import Console
-from common.measures import Stages, process_start
-from common.target import choose_target, load_model
+from common.compiler import toolchain
+from common.measure import report
+from common.measure.measures import Stages, process_start
+from common.model import weights
+from common.model.target import choose_target, load_model
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
 _CODE_BYTES = 64 * 2**20
@@ -28,7 +31,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
     stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()
-    artifacts.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
+    disk.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
     bounds, details = make_bounds(settings.shape), {}
 
     @contextmanager
@@ -53,5 +56,5 @@ def build(settings: BuildSettings, console: Console) -> dict:
         what = (APPROACH, target.describe_model(), report.environment(), recipe)
         return manifest.Manifest(manifest.SCHEMA, *what, file, seconds, details)
 
-    written = artifacts.write_pair(pair, produce, describe)
+    written = disk.write_pair(pair, produce, describe)
     return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}

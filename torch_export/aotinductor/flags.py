@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.artifacts import ArtifactPair, TrustFlags
+from common.artifact.disk import ArtifactPair, TrustFlags
+from common.artifact.store import FetchFlags, PublishFlags
 from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int
-from common.store import FetchFlags, PublishFlags
 
 APPROACH = "torch_export"
 # what a trial of compare or benchmark adds to the user's words, by mode

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
-from common.artifacts import peek_manifest
+from common.artifact.disk import peek_manifest
+from common.artifact.manifest import differences, raise_if_different
 from common.cli import DTYPES, SharedFlags
 from common.errors import ArtifactDamagedError, UsageError
-from common.manifest import differences, raise_if_different
 
 _REBUILD = "rebuild with ./build.sh"
 

@@ -16,12 +16,14 @@ from aotinductor.flags import APPROACH, RunSettings
 from aotinductor.kv_generation import CacheShape, Generator, rope_table
 from aotinductor.lengths import Plan
 from aotinductor.recipe import find_differences
-from common import errors, report, weights
-from common.artifacts import open_verified
+from common import errors
+from common.artifact.disk import open_verified
+from common.artifact.manifest import Manifest, describe, differences, raise_if_different
 from common.cli import Console
-from common.manifest import Manifest, describe, differences, raise_if_different
-from common.measures import Stages
-from common.target import Target, synchronize
+from common.measure import report
+from common.measure.measures import Stages
+from common.model import weights
+from common.model.target import Target, synchronize
 
 Engine = BaseGenerator | Generator
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from common.weights import Stored, target_dtype
+from common.model.weights import Stored, target_dtype
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
 COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015

@@ -7,10 +7,10 @@ from typing import Any
 from aotinductor.flags import BuildSettings
 from aotinductor.lengths import make_bounds
 from aotinductor.package import instruction_set
-from common.manifest import Difference, Manifest, differences
-from common.report import gpu_environment, package_version
-from common.target import Target
-from common.weights import list_checkpoint, target_dtype
+from common.artifact.manifest import Difference, Manifest, differences
+from common.measure.report import gpu_environment, package_version
+from common.model.target import Target
+from common.model.weights import list_checkpoint, target_dtype
 
 _SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
 

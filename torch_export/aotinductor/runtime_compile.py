@@ -13,10 +13,10 @@ from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.loading import Engine, make_engine
 from common.cli import Console
-from common.measures import Stages
-from common.target import Target, load_model
-from common.toolchain import prepare_toolchain
-from common.weights import start_upload
+from common.compiler.toolchain import prepare_toolchain
+from common.measure.measures import Stages
+from common.model.target import Target, load_model
+from common.model.weights import start_upload
 
 
 def serve_without_package(

@@ -11,11 +11,14 @@ from aotinductor.kv_generation import Sampler
 from aotinductor.lengths import Plan, find_plan
 from aotinductor.loading import load_package
 from aotinductor.recipe import find_differences
-from common import compile_counts, errors, manifest, serve, store
+from common import errors
+from common.artifact import manifest, store
 from common.cli import Console, SamplingFlags
-from common.measures import Stages, process_start
-from common.prompts import load_codec, prompts_of
-from common.target import Target, choose_target
+from common.compiler import counts
+from common.measure import requests
+from common.measure.measures import Stages, process_start
+from common.model.target import Target, choose_target
+from common.model.tokenizer import load_codec, prompts_of
 
 
 def run(settings: RunSettings, console: Console) -> dict:
@@ -45,13 +48,13 @@ def run(settings: RunSettings, console: Console) -> dict:
         engine, artifact = load_package(settings, target, plan, cuda_graph, padded, stages, console)
     else:
         if settings.mode == "skip":
-            watch = compile_counts.watch_compilation()
+            watch = counts.watch_compilation()
         # imported here: it brings the compiler and transformers, which a load does not pay for
         from aotinductor.runtime_compile import serve_without_package
 
         engine = serve_without_package(settings, target, plan, cuda_graph, stages, console)
     generate = generate_with(engine, settings, target, plan)
-    document = serve.serve_requests(
+    document = requests.serve_requests(
         APPROACH, settings.mode, settings, target, codec, prompts, generate, stages, watch, console
     )
     document["output"]["padded_tokens"] = padded
@@ -84,7 +87,7 @@ def wants_cuda_graph(settings: RunSettings, target: Target, plan: Plan) -> bool:
     return possible and settings.loading.cuda_graph is not False
 
 
-def generate_with(engine, settings: RunSettings, target: Target, plan: Plan) -> serve.Generate:
+def generate_with(engine, settings: RunSettings, target: Target, plan: Plan) -> requests.Generate:
     """Return what serves a prompt with the flags of the run; eager's engine is the model itself."""
     sampling, seed = settings.sampling, settings.shared.seed
     stop_ids = () if settings.prompt.ignore_eos else target.checkpoint.eos_token_ids
@@ -121,7 +124,7 @@ def generate_eagerly(
         **vars(sampling) if sampling.temperature else {},
     )
     torch.manual_seed(seed)
-    streamer, mask = serve.TokenStreamer(on_token), torch.ones_like(ids)
+    streamer, mask = requests.TokenStreamer(on_token), torch.ones_like(ids)
     # (1, prompt + new_tokens) int64
     output = model.generate(ids, attention_mask=mask, disable_compile=True, streamer=streamer)
     return output[0, ids.shape[1] :].tolist()

@@ -15,10 +15,10 @@ from aotinductor.loading import Engine, load_package
 from aotinductor.serving import wants_cuda_graph, with_fetched_package
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
-from common.measures import Stages
-from common.prompts import load_codec
-from common.report import logit_errors, logits_document
-from common.target import choose_target, load_model
+from common.measure.measures import Stages
+from common.measure.report import logit_errors, logits_document
+from common.model.target import choose_target, load_model
+from common.model.tokenizer import load_codec
 
 # the largest difference of a logit from eager's, as a share of eager's largest logit
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}

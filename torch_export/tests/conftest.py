@@ -73,7 +73,7 @@ def package(copied_folder):
 def subject(package):
     from faults import Subject
 
-    from common.artifacts import ArtifactPair
+    from common.artifact.disk import ArtifactPair
 
     short = ("--prompt-length=12", "--max-new-tokens=3")
     return Subject(

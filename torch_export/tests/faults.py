@@ -30,8 +30,8 @@ sys.path.insert(0, str(FOLDER))
 
 from helpers import user_environment  # noqa: E402
 
-from common.artifacts import ArtifactPair  # noqa: E402
-from common.manifest import dump_manifest, parse_manifest  # noqa: E402
+from common.artifact.disk import ArtifactPair  # noqa: E402
+from common.artifact.manifest import dump_manifest, parse_manifest  # noqa: E402
 
 TIME_LIMIT_SECONDS = 120.0  # of one call: the bound that no fault may reach
 

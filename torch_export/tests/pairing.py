@@ -14,13 +14,13 @@ from aotinductor.flags import RunSettings
 from aotinductor.lengths import Plan, parse_bounds
 from aotinductor.loading import load_package
 from aotinductor.serving import generate_eagerly
-from common.checkpoints import CONFIGS, resolve_checkpoint
+from common.artifact.manifest import parse_manifest
 from common.cli import Console, SamplingFlags, parse_flags
-from common.manifest import parse_manifest
-from common.measures import Request, Stages, process_start
-from common.prompts import load_codec
-from common.target import Target, load_model
-from common.weights import list_checkpoint
+from common.measure.measures import Request, Stages, process_start
+from common.model.checkpoint import CONFIGS, resolve_checkpoint
+from common.model.target import Target, load_model
+from common.model.tokenizer import load_codec
+from common.model.weights import list_checkpoint
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)

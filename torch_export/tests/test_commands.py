@@ -8,9 +8,9 @@ import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
 from pairing import build
 
-from common.checkpoints import CONFIGS, materialize
 from common.cli import Console
-from common.measures import MEASURES
+from common.measure.measures import MEASURES
+from common.model.checkpoint import CONFIGS, materialize
 
 RUN = "run_llama_aotinductor.py"
 SMALL = [

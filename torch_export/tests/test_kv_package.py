@@ -11,8 +11,8 @@ from helpers import FOLDER, run_command, run_script, succeeded
 from pairing import OTHER, QUIET, Pairing, build, run_limited, timed
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import CONFIGS, folder_name, materialize
 from common.errors import UsageError
+from common.model.checkpoint import CONFIGS, folder_name, materialize
 
 BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
 SLOTS = 2048

@@ -42,7 +42,7 @@ def answer_stop(module):
 
 
 AFTER_IMPORT = {
-    "common.prompts": answer_text,
+    "common.model.tokenizer": answer_text,
     "aotinductor.verify": answer_difference,
     "portable_cache.verification": answer_margin,
     "transformers.cache_utils": answer_cache_length,

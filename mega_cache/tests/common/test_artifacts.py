@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import artifacts
-from common.artifacts import (
+from common.artifact import disk
+from common.artifact.disk import (
     BLOCK_BYTES,
     ArtifactPair,
     TrustFlags,
@@ -34,6 +34,7 @@ from common.artifacts import (
     read_blob,
     write_pair,
 )
+from common.artifact.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -43,7 +44,6 @@ from common.errors import (
     ScriptError,
     UsageError,
 )
-from common.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
 
 FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
@@ -466,7 +466,7 @@ def test_truncated_grown_and_empty_artifacts_are_refused(pair):
 @pytest.mark.parametrize("block_bytes", [BLOCK_BYTES, 1000], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("place", [0, 999, 1000, 25_500, 49_999])
 def test_a_flipped_bit_anywhere_is_refused(pair, monkeypatch, block_bytes, place):
-    monkeypatch.setattr(artifacts, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", block_bytes)
     write_build(pair, 1)
     assert read_build(pair) == 1
     content = bytearray(pair.path.read_bytes())
@@ -575,8 +575,8 @@ def test_the_cost_of_verification_is_told_and_small(pair, capsys):
 @given(st.binary(min_size=1, max_size=400))
 def test_the_digest_is_the_contents_or_that_of_its_blocks_digests(content):
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
-        patch.setattr(artifacts, "BLOCK_BYTES", 64)
-        patch.setattr(artifacts, "_READ_BYTES", 24)
+        patch.setattr(disk, "BLOCK_BYTES", 64)
+        patch.setattr(disk, "_READ_BYTES", 24)
         file.write(content)
         file.flush()
         found = content_digest(len(content), partial(os.pread, file.fileno()))

@@ -40,6 +40,6 @@ def test_a_drifted_twin_is_found_and_mended(tmp_path):
 
 def test_nothing_in_common_names_its_folder():
     names = ("portable_cache", "aotinductor", "llama3b_")
-    for path in (FOLDER / "common").glob("*.py"):
+    for path in (FOLDER / "common").rglob("*.py"):
         text = path.read_text()
         assert not any(name in text for name in names), path

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from common.artifact.store import FetchFlags
 from common.cli import BenchmarkFlags, CompareFlags, ComparisonFlags, PromptFlags, SharedFlags
-from common.compare import Subject, benchmark, compare
 from common.errors import ScriptError
-from common.measures import MEASURES
-from common.store import FetchFlags
+from common.measure.compare import Subject, benchmark, compare
+from common.measure.measures import MEASURES
 
 TRIAL = """
 import json, os, signal, sys

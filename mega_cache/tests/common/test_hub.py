@@ -15,7 +15,7 @@ MODEL = "meta-llama/Llama-3.2-3B-Instruct"
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(FOLDER)!r})
-from common.checkpoints import resolve_checkpoint
+from common.model.checkpoint import resolve_checkpoint
 from common.cli import Console
 from common.errors import run_script
 run_script(lambda argv: resolve_checkpoint(argv[0], Console(True)))

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.manifest import (
+from common.artifact.manifest import (
     MAX_BYTES,
     SCHEMA,
     Difference,
@@ -21,6 +20,7 @@ from common.manifest import (
     parse_manifest,
     raise_if_different,
 )
+from common.errors import ArtifactDamagedError, ArtifactMismatchError
 
 SCALARS = (
     st.none()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.artifacts import TrustFlags, origin_problem
+from common.artifact.disk import TrustFlags, origin_problem
 from common.cli import parse_flags
 
 STRANGER = 54321  # a user id that has no passwd entry

@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from common import plots
 from common.errors import EnvironmentProblemError, UsageError
+from common.measure import plots
 
 
 def test_an_unknown_format_is_a_usage_error(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import checkpoints as presets
-from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.cli import Console
-from common.prompts import load_codec
+from common.model import checkpoint
+from common.model.checkpoint import Checkpoint, resolve_checkpoint
+from common.model.tokenizer import load_codec
 
 QUIET = Console(quiet=True)
 PROMPT = "Write a short explanation of portable torch.compile caches."
@@ -50,20 +50,20 @@ def test_tokens_of_the_tiny_preset_depend_on_every_prompt_token(tiny):
 )
 def test_big_presets_have_the_published_parameter_count(preset, billions):
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**presets.CONFIGS[preset]))
+        model = LlamaForCausalLM(LlamaConfig(**checkpoint.CONFIGS[preset]))
     assert round(model.num_parameters() / 1e9, 3) == billions
 
 
 def test_making_a_preset_leaves_its_folders_name(tmp_path):
-    before = presets.folder_name("random:tiny")
-    presets.materialize(presets.CONFIGS["random:tiny"], tmp_path / "again", QUIET)
-    assert presets.folder_name("random:tiny") == before
+    before = checkpoint.folder_name("random:tiny")
+    checkpoint.materialize(checkpoint.CONFIGS["random:tiny"], tmp_path / "again", QUIET)
+    assert checkpoint.folder_name("random:tiny") == before
 
 
 def test_weights_depend_on_the_seed_and_the_name_alone(tiny, tmp_path):
-    config = presets.CONFIGS["random:tiny"]
-    again = presets.materialize(config, tmp_path / "again", QUIET)
-    other = presets.materialize(config, tmp_path / "other", QUIET, seed=1)
+    config = checkpoint.CONFIGS["random:tiny"]
+    again = checkpoint.materialize(config, tmp_path / "again", QUIET)
+    other = checkpoint.materialize(config, tmp_path / "other", QUIET, seed=1)
     weights = (tiny.folder / "model.safetensors").read_bytes()
     assert (again / "model.safetensors").read_bytes() == weights
     assert (other / "model.safetensors").read_bytes() != weights

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from common.checkpoints import resolve_checkpoint
 from common.cli import Console, PromptFlags
 from common.errors import UsageError
-from common.measures import Stages, process_start
-from common.prompts import load_codec, prompts_of, text_printer
-from common.serve import serve_requests
-from common.target import Target
+from common.measure.measures import Stages, process_start
+from common.measure.requests import serve_requests
+from common.model.checkpoint import resolve_checkpoint
+from common.model.target import Target
+from common.model.tokenizer import load_codec, prompts_of, text_printer
 
 PROMPT = "Write a short explanation of portable torch.compile caches."
 TEXT = "Grüße, 🦙!"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import report
-from common.manifest import REHEARSAL_VARIABLE
-from common.measures import (
+from common.artifact.manifest import REHEARSAL_VARIABLE
+from common.measure import report
+from common.measure.measures import (
     MEASURES,
     Request,
     Stages,

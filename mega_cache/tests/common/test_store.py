@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from test_artifacts import FOLDER, content_of, dies, killed_after, manifest_of
 
-from common import store
-from common.artifacts import (
+from common.artifact import store
+from common.artifact.disk import (
     ArtifactPair,
     TrustFlags,
     building,
@@ -23,6 +23,7 @@ from common.artifacts import (
     read_blob,
     write_pair,
 )
+from common.artifact.manifest import REHEARSAL_VARIABLE, differences
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -31,7 +32,6 @@ from common.errors import (
     EnvironmentProblemError,
     UsageError,
 )
-from common.manifest import REHEARSAL_VARIABLE, differences
 
 APPROACH = "torch_export"
 QUIET = Console(quiet=True)

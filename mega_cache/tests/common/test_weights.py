@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import weights
-from common.weights import Stored, list_checkpoint, read_header, start_upload
+from common.model import weights
+from common.model.weights import Stored, list_checkpoint, read_header, start_upload
 
 CPU = torch.device("cpu")
 

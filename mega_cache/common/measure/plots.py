@@ -7,8 +7,8 @@ import importlib.util
 from pathlib import Path
 
 from common.errors import EnvironmentProblemError, UsageError
-from common.measures import succeeded, summarize
-from common.report import mean_stages
+from common.measure.measures import succeeded, summarize
+from common.measure.report import mean_stages
 
 
 def check_plot(path: Path | None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import INTERRUPTED
-from common.measures import START_VARIABLE
+from common.measure.measures import START_VARIABLE
 
 TIMEOUT_SECONDS = 3600.0
 

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.measures import COUNTERS
+from common.measure.measures import COUNTERS
 
 # A kernel goes through one or several of these (2.9 to 2.13; the last from 2.12 on). torch keeps
 # the seconds of each time by these names.

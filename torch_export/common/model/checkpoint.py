@@ -17,7 +17,7 @@ from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-from common.report import package_version
+from common.measure.report import package_version
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
 _ARCHITECTURE = (
@@ -32,7 +32,7 @@ _ARCHITECTURE = (
     "max_position_embeddings",
 )
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
-_PRESETS_FOLDER = Path(__file__).resolve().parents[1] / "artifacts" / "checkpoints"
+_PRESETS_FOLDER = Path(__file__).resolve().parents[2] / "artifacts" / "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The least that any start must do, measured: the floor that the benchmark's modes stand on.
 
-    python common/floor.py --model-id random:tiny --device cpu
+    python common/measure/floor.py --model-id random:tiny --device cpu
 
 A process that starts Python, imports torch, opens the device and brings the checkpoint's bytes to
 it, and nothing else. Its time to first token is the moment when the bytes are there. The same run
@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script of its own
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a script of its own
 
 from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
+from common.compiler.toolchain import open_driver
 from common.errors import run_script
-from common.measures import Stages, process_start, run_metrics
-from common.report import SCHEMA, environment, write_json
-from common.toolchain import open_driver
+from common.measure.measures import Stages, process_start, run_metrics
+from common.measure.report import SCHEMA, environment, write_json
 
 # Bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU. And copies
 # between two reads of the clock: one of 1 GiB takes a GPU half a millisecond.
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
     open_driver(shared.device)
     import torch
 
-    from common.target import choose_target, synchronize
-    from common.weights import list_checkpoint, start_upload
+    from common.model.target import choose_target, synchronize
+    from common.model.weights import list_checkpoint, start_upload
 
     stages.close("imports")
     target = choose_target(shared, console)
@@ -82,7 +82,7 @@ def copy_rates(device) -> list[float]:
     """Return bytes read + written per second of several copies within the device's memory."""
     import torch
 
-    from common.target import synchronize
+    from common.model.target import synchronize
 
     size, copies = _COPIED[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoints import Checkpoint, resolve_checkpoint
 from common.cli import Console, SharedFlags
 from common.errors import EnvironmentProblemError
+from common.model.checkpoint import Checkpoint, resolve_checkpoint
 
 
 @dataclass(frozen=True)

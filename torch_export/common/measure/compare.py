@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, measures, report
-from common.checkpoints import resolve_checkpoint
+from common import cli
 from common.errors import ScriptError
-from common.plots import check_plot, draw
-from common.trials import run_trial
+from common.measure import measures, report
+from common.measure.plots import check_plot, draw
+from common.measure.trials import run_trial
+from common.model.checkpoint import resolve_checkpoint
 
 _KEPT = (
     "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import artifacts, errors, manifest
-from common.artifacts import ArtifactPair, TrustFlags
+from common import errors
+from common.artifact import disk, manifest
+from common.artifact.disk import ArtifactPair, TrustFlags
+from common.artifact.manifest import Difference, Manifest, describe, one_line
 from common.cli import Console, flag
-from common.manifest import Difference, Manifest, describe, one_line
 
 Fits = Callable[[Manifest], list[Difference]]
 
@@ -65,7 +66,7 @@ def publish(pair: ArtifactPair, url: str | None, approach: str, console: Console
     """Put a verified artifact into the store at `url`; without a URL do nothing."""
     if url is None:
         return
-    with artifacts.open_verified(pair, approach, TrustFlags(), console) as verified:
+    with disk.open_verified(pair, approach, TrustFlags(), console) as verified:
         built = verified.manifest
         if not built.details.get("verified"):
             raise errors.UsageError(
@@ -228,12 +229,12 @@ def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) ->
             )
         return entry.manifest
 
-    with artifacts.building(local, console):
+    with disk.building(local, console):
         path = local.metadata_path
         # else another process was faster
         if not (path.exists() and _sha256(path.read_bytes()) == entry.digest):
-            artifacts.check_target(local, entry.manifest.file["bytes"])
-            artifacts.write_pair(local, get, check)
+            disk.check_target(local, entry.manifest.file["bytes"])
+            disk.write_pair(local, get, check)
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from common import errors, manifest
+from common import errors
+from common.artifact import manifest
+from common.artifact.manifest import Manifest
 from common.cli import Console, flag, sha256_text
-from common.manifest import Manifest
 
 BLOCK_BYTES = 64 * 2**20  # part of the metadata's format: see content_digest
 _READ_BYTES = 2**20  # stays in a core's cache between read and digest

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from common import measures
 from common.cli import Console, config_of
-from common.compile_counts import Watch, read_counts
-from common.prompts import TextCodec, text_printer
-from common.report import SCHEMA, environment, markdown_table, number
-from common.target import Target, device_bandwidth, device_memory, synchronize
-from common.weights import list_checkpoint
+from common.compiler.counts import Watch, read_counts
+from common.measure import measures
+from common.measure.report import SCHEMA, environment, markdown_table, number
+from common.model.target import Target, device_bandwidth, device_memory, synchronize
+from common.model.tokenizer import TextCodec, text_printer
+from common.model.weights import list_checkpoint
 
 # (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
 # each one as it reaches the host

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.manifest import in_rehearsal
-from common.measures import COMPARED, COMPARED_BRIEFLY, MEASURES, succeeded
+from common.artifact.manifest import in_rehearsal
+from common.measure.measures import COMPARED, COMPARED_BRIEFLY, MEASURES, succeeded
 
 SCHEMA = 1
 
@@ -98,7 +98,7 @@ def as_json_text(document: dict) -> str:
     text = json.dumps(document, indent=2, allow_nan=False)
     text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda array: " ".join(array[0].split()), text)
     places = {
-        f"{Path(__file__).resolve().parents[1]}/": "./",
+        f"{Path(__file__).resolve().parents[2]}/": "./",
         sys.executable: "python",
         tempfile.gettempdir(): "$TMPDIR",
         os.path.expanduser("~") + "/": "~/",

@@ -1,0 +1,1 @@
+"""Where a compiler runs: what it needs, and what it really did."""

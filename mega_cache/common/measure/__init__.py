@@ -1,0 +1,1 @@
+"""What runs took and gave: trials, measures, tables and result files."""

@@ -1,0 +1,1 @@
+"""Which model: the checkpoint, its tokenizer and weights, the device and the dtype."""
