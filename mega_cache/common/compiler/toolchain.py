@@ -173,21 +173,3 @@ def _show_tuning_as_progress(console: Console) -> None:
     select_algorithm._log_autotune_choices_stats = lambda *args: None
     # a candidate that does not fit this GPU is dropped, and no more than that
     logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)
-
-
-def open_driver(device: str) -> None:
-    """Start to make the context that torch will use, in a thread; `device` is the flag's word.
-
-    Both take some tenths of a second and hold no lock of Python's. Without a driver, without a GPU
-    or for the CPU nothing happens; a failure is left for torch to meet and to name.
-    """
-
-    def make_context() -> None:
-        with suppress(OSError):  # no such library
-            driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-            # of the first visible GPU, torch's own choice; kept until the end, as torch keeps it
-            if driver.cuInit(0) == 0:
-                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
-
-    if device != "cpu":
-        threading.Thread(target=make_context, daemon=True).start()
