@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     toolchain.open_driver(settings.shared.device)
     with trials.private_compiler_caches(), disk.building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.building import build
+        from aotinductor.build.building import build
 
         document = build(settings, console)
     store.publish(pair, settings.store.publish, APPROACH, console)

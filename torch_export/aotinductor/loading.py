@@ -125,7 +125,7 @@ def _load(
 def make_engine(
     models: Sequence[package.Model], details: dict, dtype: torch.dtype, device: torch.device
 ) -> Engine:
-    """Return what generates with these graphs; `details` may hold a `kv_graphs.describe_state`."""
+    """Return what generates with these graphs; `details` may hold their `describe_state`."""
     if "cache" not in details:
         (model,) = models
         return BaseGenerator(model, device)

@@ -50,7 +50,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         if settings.mode == "skip":
             watch = counts.watch_compilation()
         # imported here: it brings the compiler and transformers, which a load does not pay for
-        from aotinductor.runtime_compile import serve_without_package
+        from aotinductor.build.runtime_compile import serve_without_package
 
         engine = serve_without_package(settings, target, plan, cuda_graph, stages, console)
     generate = generate_with(engine, settings, target, plan)

@@ -91,7 +91,8 @@ class DecodeGraph(_CachedLlama):
         super().__init__(causal_lm)
         self.attend = plain_attention
         if causal_lm.device.type == "cuda":
-            from aotinductor import decode_kernel  # needs Triton, which torch for CPUs lacks
+            # needs Triton, which torch for CPUs lacks
+            from aotinductor.build import decode_kernel
 
             if decode_kernel.supports(causal_lm.model.layers[0].self_attn.head_dim):
                 self.attend = decode_kernel.kernel_attention

@@ -17,8 +17,8 @@ from unittest.mock import patch
 
 import torch
 
-from aotinductor import kv_graphs
 from aotinductor.base import export_base_graph
+from aotinductor.build import layer_graphs
 from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.package import COMMON_LEVEL, PLAIN_MODEL, Constant, instruction_set
@@ -54,11 +54,11 @@ def compile_package(
             files[PLAIN_MODEL] = compile_program(base, options | _BEHIND_LIBRARY)
     else:
         cache = CacheShape.of(model.config, slots)
-        prefill, decode = kv_graphs.export_graphs(model, cache, bounds)
+        prefill, decode = layer_graphs.export_graphs(model, cache, bounds)
         programs, find = {"prefill": prefill, "decode": decode}, find_beside_library
-        state = kv_graphs.describe_state(model, cache)
+        state = layer_graphs.describe_state(model, cache)
         place = _BESIDE_LIBRARY if embed_weights else _CODE_ONLY
-        options |= {"coordinate_descent_tuning": max_autotune} | kv_graphs.decode_options(model)
+        options |= {"coordinate_descent_tuning": max_autotune} | layer_graphs.decode_options(model)
         files = {
             # Not tuned: that would be for the example's length, and serve every other one too. The
             # library chooses for each.

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from aotinductor import kv_graphs, package
+from aotinductor import package
 from aotinductor.base import BaseGraph
-from aotinductor.compile_package import compile_package
+from aotinductor.build import layer_graphs
+from aotinductor.build.compile_package import compile_package
 from aotinductor.flags import RunSettings
 from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Bounds, Plan
@@ -82,7 +83,7 @@ def _torch_compile(model, plan: Plan, one_dynamic_graph: bool, max_autotune: boo
         models, details = [compiled(BaseGraph(model), dynamic)], {}
     else:
         on_cpu = model.device.type == "cpu"  # there the length in use changes decode's shapes
-        prefill, decode = kv_graphs.PrefillGraph(model), kv_graphs.DecodeGraph(model)
+        prefill, decode = layer_graphs.PrefillGraph(model), layer_graphs.DecodeGraph(model)
         models = [compiled(prefill, dynamic), compiled(decode, on_cpu)]
-        details = kv_graphs.describe_state(model, CacheShape.of(model.config, plan.slots))
+        details = layer_graphs.describe_state(model, CacheShape.of(model.config, plan.slots))
     return make_engine(models, details, model.dtype, model.device)

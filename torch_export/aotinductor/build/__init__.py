@@ -1,0 +1,1 @@
+"""What a build runs: export, compilation, packaging and verification. Needs torch and a compiler."""
