@@ -40,7 +40,7 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
     lengths = f"{recipe['min_seq_len']} to {longest} tokens, x{multiple}"
     saved = {
         "artifact": str(settings.files.package_path),
-        "graphs": ", ".join(details["graphs"]),
+        "graphs": ", ".join(details.get("programs", ["base"])),
         "KV cache": f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none",
         "weights": "in the package" if recipe["embed_weights"] else "bound at load",
         "size": f"{document['file']['bytes'] / 1e6:.2f} MB",

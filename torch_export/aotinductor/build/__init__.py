@@ -1,1 +1,1 @@
-"""What a build runs: export, compilation, packaging and verification. Needs torch and a compiler."""
+"""What a build runs: export, compile, package, verify. Needs torch and a compiler."""

@@ -1,143 +1,267 @@
-"""The two exported graphs over one static KV cache: `prefill` (a prompt) and `decode` (one token).
+"""The four programs of a KV cache: one decoder layer and one head, each for a prompt and a token.
 
-Both run on the Hugging Face model's own submodules, so that the graphs' constants carry the names
-of the checkpoint's tensors. State lives in tensors that both mutate: a step needs nothing from the
-host.
+Every tensor is an input, the weights too, and nothing is returned: results are written into tensors
+of the state in place. So one compiled layer serves every layer of a model, of any depth, and a step
+is a loop over them. Which tensors a call takes, and in which order, is data: `Program.inputs`.
 
-    token     (1, 1) int64  the newest token, not in the cache yet
-    position  (1,) int64    how many tokens the cache holds = the slot that `token` goes to
-    rope      (2, slots, head_dim)  cosines and signed sines: `rope_table`; only read
-    tables    K and V of each layer, (rows, kv_heads * head_dim): `CacheShape.make_tables`
+    row       (width,)  the decode step's residual row; float32 on a CPU
+    hidden    (1, padded, width)  the prompt's rows, changed by each layer
+    token     (1, 1) int64  the newest token, whose embedding is in `row`
+    position  (1,) int64  how many tokens the cache holds = the slot that `token` goes to
+    rope      (2, slots, head_dim) float32  cosines and signed sines; only read
+    keys      (rows, kv_heads * head_dim)  of the layer that is called; values alike
+    logits    (1, vocab) float32  of the newest step
 
 Why padding and stale slots leave no trace: prefill is causal and padded on the right, so no true
 token sees a pad; decode overwrites slot `position` before it looks, and sees slots <= `position`
 only.
 """
 
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
-from aotinductor.kv_generation import BLOCK_ROWS, CacheShape
+from aotinductor.cache import BLOCK_ROWS, CacheShape
 from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
-# Frequencies of these depend on the length of the running sequence, which a graph cannot hold.
+# Frequencies of these depend on the length of the running sequence, which a table cannot hold.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
 ARGMAX_PARTS = 256
-# A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
-# places in each layer where several threads would wait for each other. random:tiny, 12 MB, beside
-# other work: 1 to 73 ms a token with two threads, 0.7 to 2.4 with one.
-ONE_THREAD_BYTES = 64 * 2**20
+# the parts of a layer that the programs model, in the order of their weights among the inputs
+PARTS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+EMBEDDING = "model.embed_tokens.weight"
+
+Tensors = Mapping[str, Tensor]
 
 
-class _CachedLlama(nn.Module):
-    """What the two graphs share."""
+@dataclass(frozen=True)
+class LayerKind:
+    """What all decoder layers of a model have in common."""
 
-    def __init__(self, causal_lm):
-        super().__init__()
-        rope_type = causal_lm.model.rotary_emb.rope_type
-        if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise UsageError(
-                f"rope type {rope_type!r} changes its frequencies with the length and cannot be "
-                "exported with a KV cache: build without --kv-cache"
-            )
-        self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
+    weights: tuple[str, ...]  # names of a layer's weights, within it
+    head_dim: int
+    scaling: float
+    eps: float
+    activate: Callable[[Tensor], Tensor]
+    on_cuda: bool
+
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """What decode attends with, called as `plain_attention`."""
+        if self.on_cuda:
+            from aotinductor.build import decode_kernel  # needs Triton, which torch for CPUs lacks
+
+            if decode_kernel.supports(self.head_dim):
+                return decode_kernel.kernel_attention
+        return plain_attention
 
 
-class PrefillGraph(_CachedLlama):
-    """forward(input_ids, token, position, rope, *tables) -> logits (1, vocab).
+def describe_layers(causal_lm, slots: int) -> LayerKind:
+    """Return the one kind of layer that the model has; raise UsageError, by name, if it hasn't."""
+    rope_type = causal_lm.model.rotary_emb.rope_type
+    window = getattr(causal_lm.config, "sliding_window", None)
+    known = [f"{part}.{tensor}" for part in PARTS for tensor in ("weight", "bias")]
+    first, *others = [
+        {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
+        for layer in causal_lm.model.layers
+    ]
+    problem = None
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        problem = f"rope type {rope_type!r} changes its frequencies with the length"
+    elif window is not None and window < slots:
+        problem = f"a sliding window of {window} tokens is shorter than the cache of {slots} slots"
+    elif unknown := [name for name in first if name not in known]:
+        problem = f"{', '.join(unknown)} of a layer is not modelled"
+    elif different := [number for number, other in enumerate(others, 1) if other != first]:
+        problem = f"layer {different[0]} has other tensors or shapes than layer 0"
+    if problem:
+        raise UsageError(f"{problem}: build without --kv-cache, which compiles one layer for all")
+    layer = causal_lm.model.layers[0]
+    return LayerKind(
+        tuple(name for name in known if name in first),
+        layer.self_attn.head_dim,
+        layer.self_attn.scaling,
+        layer.input_layernorm.variance_epsilon,
+        layer.mlp.act_fn,
+        causal_lm.device.type == "cuda",
+    )
 
-    input_ids (1, padded), padded on the right with any id; position holds the true length. Writes
-    the first `padded` rows of the tables, and the greedy choice to `token`. The logits are those of
-    the last true token.
+
+class Program(nn.Module):
+    """forward(*tensors): those that `inputs` names, in its order.
+
+    A name is one of the state's, or a checkpoint's, in which {layer} is a layer's number.
     """
 
-    def forward(self, input_ids, token, position, rope, *tables):
-        hidden = self.model.embed_tokens(input_ids)  # (1, padded, width)
-        rotation = rope[:, : input_ids.shape[1]]
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        for layer, keys, values in zip(self.model.layers, tables[::2], tables[1::2], strict=True):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            q = rotate(split_heads(attention.q_proj(normed), attention.head_dim), rotation)
-            k = rotate(split_heads(attention.k_proj(normed), attention.head_dim), rotation)
-            v = attention.v_proj(normed)  # (1, padded, kv_heads * head_dim)
-            keys.index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
-            values.index_copy_(0, places, v[0])
-            # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
-            seen = causal_attention(q, k, split_heads(v, attention.head_dim), attention.scaling)
-            hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        last = hidden.index_select(1, position - 1)  # (1, 1, width)
-        logits = self.lm_head(self.model.norm(last))[:, 0]
-        token.copy_(first_argmax(logits))
-        return logits
+    state: tuple[str, ...]
+
+    def __init__(self, kind: LayerKind, weights: dict[str, str]):
+        """`weights`: name in the program -> name in a checkpoint."""
+        super().__init__()
+        self.kind = kind
+        self.names = (*self.state, *weights)
+        self.inputs = (*self.state, *weights.values())
+
+    def forward(self, *tensors: Tensor) -> None:
+        self.run(dict(zip(self.names, tensors, strict=True)))
+
+    def run(self, given: Tensors) -> None:
+        raise NotImplementedError
 
 
-class DecodeGraph(_CachedLlama):
-    """forward(token, position, rope, *tables) -> logits (1, vocab); advances token and position.
+class LayerProgram(Program):
+    def __init__(self, kind: LayerKind):
+        super().__init__(kind, {name: f"model.layers.{{layer}}.{name}" for name in kind.weights})
+
+
+class PrefillLayer(LayerProgram):
+    """One layer over a prompt: changes `hidden`, writes the first `padded` rows of the tables."""
+
+    state = ("hidden", "rope", "keys", "values")
+
+    def run(self, given: Tensors) -> None:
+        hidden, kind = given["hidden"], self.kind
+        padded = hidden.shape[1]
+        rotation, places = given["rope"][:, :padded], torch.arange(padded, device=hidden.device)
+        normed = rms_norm(hidden, given, "input_layernorm", kind.eps)
+        q, k, v = (
+            split_heads(linear(normed, given, f"self_attn.{name}_proj"), kind.head_dim)
+            for name in "qkv"
+        )  # (1, heads, padded, head_dim)
+        q = rotate(head_norm(q, given, "self_attn.q_norm", kind.eps), rotation)
+        k = rotate(head_norm(k, given, "self_attn.k_norm", kind.eps), rotation)
+        given["keys"].index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
+        given["values"].index_copy_(0, places, v.transpose(1, 2).flatten(2)[0])
+        # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
+        seen = causal_attention(q, k, v, kind.scaling).transpose(1, 2).flatten(2)
+        attended = hidden + linear(seen, given, "self_attn.o_proj")
+        normed = rms_norm(attended, given, "post_attention_layernorm", kind.eps)
+        gate, up = (linear(normed, given, f"mlp.{name}_proj") for name in ("gate", "up"))
+        hidden.copy_(attended + linear(kind.activate(gate) * up, given, "mlp.down_proj"))
+
+
+class DecodeLayer(LayerProgram):
+    """One layer over one token: changes `row`, writes slot `position` of the tables.
 
     Every product has one row and is written as a sum (`products`): Inductor makes each of them one
-    kernel that reads the weights once, and takes the norm before and the residual after it along.
-    A library's product could not, and would be chosen by tuning.
+    kernel that reads the weights once. A library's product could not be fused with what is around
+    it, would be chosen by tuning, and on a CPU reads at half the speed.
     """
 
-    def __init__(self, causal_lm):
-        super().__init__(causal_lm)
-        self.attend = plain_attention
-        if causal_lm.device.type == "cuda":
-            # needs Triton, which torch for CPUs lacks
-            from aotinductor.build import decode_kernel
+    state = ("row", "position", "rope", "keys", "values")
 
-            if decode_kernel.supports(causal_lm.model.layers[0].self_attn.head_dim):
-                self.attend = decode_kernel.kernel_attention
+    def run(self, given: Tensors) -> None:
+        row, keys, kind = given["row"], given["keys"], self.kind
+        projections = [f"self_attn.{name}_proj" for name in "qkv"]
+        q, k, v = products(row, given, projections, kind, "input_layernorm")
+        q = head_norm(q.view(-1, kind.head_dim), given, "self_attn.q_norm", kind.eps).flatten()
+        k = head_norm(k.view(-1, kind.head_dim), given, "self_attn.k_norm", kind.eps).flatten()
+        if kind.on_cuda:  # what the kernel takes; on a CPU all but the tables stays float32
+            q, k, v = (one.to(keys.dtype) for one in (q, k, v))
+        tables = (keys, given["values"], given["position"], given["rope"])
+        seen = kind.attend(q, k, v, *tables, kind.scaling)
+        (added,) = products(materialized(seen), given, ["self_attn.o_proj"], kind)
+        attended = materialized((row + added).to(row.dtype))
+        wide = ["mlp.gate_proj", "mlp.up_proj"]
+        gate, up = products(attended, given, wide, kind, "post_attention_layernorm")
+        gated = materialized((kind.activate(gate) * up).to(row.dtype))
+        (added,) = products(gated, given, ["mlp.down_proj"], kind)
+        row.copy_(attended + added)
 
-    def forward(self, token, position, rope, *tables):
-        hidden = self.model.embed_tokens(token)[0, 0]  # (width,)
-        for layer, keys, values in zip(self.model.layers, tables[::2], tables[1::2], strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-            q, k, v = products(hidden, projections, layer.input_layernorm)
-            seen = self.attend(q, k, v, keys, values, position, rope, attention.scaling)
-            (added,) = products(materialized(seen), [attention.o_proj])
-            hidden = materialized(hidden + added)
-            wide = [mlp.gate_proj, mlp.up_proj]
-            gate, up = products(hidden, wide, layer.post_attention_layernorm)
-            (added,) = products(materialized(mlp.act_fn(gate) * up), [mlp.down_proj])
-            hidden = materialized(hidden + added)
-        (logits,) = products(hidden, [self.lm_head], self.model.norm)
+
+class DecodeHead(Program):
+    """From `row` to the logits, the greedy token, and that token's embedding; `position` + 1."""
+
+    state = ("row", "logits", "token", "position")
+
+    def __init__(self, kind: LayerKind, tied: bool):
+        head = EMBEDDING if tied else "lm_head.weight"
+        weights = {"norm.weight": "model.norm.weight", "head.weight": head, "embedding": EMBEDDING}
+        super().__init__(kind, weights)
+
+    def run(self, given: Tensors) -> None:
+        self.choose(given["row"], given)
+        given["position"].add_(1)
+
+    def choose(self, row: Tensor, given: Tensors) -> None:
+        (logits,) = products(row, given, ["head"], self.kind, "norm")
         logits = materialized(logits)[None]
-        token.copy_(first_argmax(logits))
-        position.add_(1)
-        return logits
+        given["logits"].copy_(logits)
+        token = first_argmax(logits)
+        given["token"].copy_(token)
+        given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
 
 
-def products(x: torch.Tensor, linears, norm: nn.Module | None = None) -> list[torch.Tensor]:
-    """Return each linear of x (width,), after its RMS norm if given: (rows,) of x's dtype."""
-    # summed in float32 and rounded once
+class PrefillHead(DecodeHead):
+    """As `DecodeHead`, from the last true token's row of `hidden`; `position` counts the prompt."""
+
+    state = ("hidden", *DecodeHead.state)
+
+    def run(self, given: Tensors) -> None:
+        last = given["hidden"].index_select(1, given["position"] - 1)[0, 0]
+        self.choose(last.to(given["row"].dtype), given)
+
+
+def products(
+    x: Tensor, weights: Tensors, names: Sequence[str], kind: LayerKind, norm: str | None = None
+) -> list[Tensor]:
+    """Return each linear of x (width,), after its RMS norm if one is named: (rows,) float32."""
     row = x.float()
-    scaled = row if norm is None else row * norm.weight.float()
+    if norm is not None:
+        row = row * weights[f"{norm}.weight"].float()
+        if not kind.on_cuda:
+            # Once, and written to memory. Computed again for each row of a weight, as below, it is
+            # half of a step's time where the weights are bfloat16.
+            row = materialized(row * torch.rsqrt(x.float().square().mean() + kind.eps))
     outputs = []
-    for linear in linears:
-        weight = linear.weight  # (rows, width)
-        out = (weight.float() * scaled).sum(-1)
-        if norm is not None:
+    for name in names:
+        weight = weights[f"{name}.weight"]  # (rows, width)
+        out = (weight.float() * row).sum(-1)
+        if norm is not None and kind.on_cuda:
             # Squared once for each row of the weight: the same shape of sum as the product, so that
             # one kernel does both. The row is small; a launch of its own costs more.
-            mean_square = row.expand(weight.shape).square().mean(-1)
-            out = out * torch.rsqrt(mean_square + norm.variance_epsilon)
-        if linear.bias is not None:
-            out = out + linear.bias.float()
-        outputs.append(out.to(x.dtype))
+            mean_square = x.float().expand(weight.shape).square().mean(-1)
+            out = out * torch.rsqrt(mean_square + kind.eps)
+        if (bias := weights.get(f"{name}.bias")) is not None:
+            out = out + bias.float()
+        outputs.append(out)
     return outputs
 
 
-def materialized(x: torch.Tensor) -> torch.Tensor:
+def linear(x: Tensor, weights: Tensors, name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def rms_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+    """Normalise the last dimension, with Hugging Face's roundings."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weights[f"{name}.weight"] * normed.to(x.dtype)
+
+
+def head_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+    """The norm of each head, where a model has one: (..., head_dim)."""
+    return rms_norm(x, weights, name, eps) if f"{name}.weight" in weights else x
+
+
+def materialized(x: Tensor) -> Tensor:
     """Return a fresh tensor x as one that Inductor writes to memory.
 
     It would rather compute it again in each row of the product that reads it. (`as_strided` needs
@@ -146,7 +270,7 @@ def materialized(x: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def first_argmax(logits: torch.Tensor) -> torch.Tensor:
+def first_argmax(logits: Tensor) -> Tensor:
     """Return the index (1, 1) of the largest of logits (1, vocab), the first one of equals."""
     # in two steps: one for each part of the logits, and one for the parts
     padded = F.pad(logits, (0, -logits.shape[1] % ARGMAX_PARTS), value=float("-inf"))
@@ -155,23 +279,23 @@ def first_argmax(logits: torch.Tensor) -> torch.Tensor:
     return (where[part] + part * (padded.shape[1] // ARGMAX_PARTS))[None]
 
 
-def split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
+def split_heads(projected: Tensor, head_dim: int) -> Tensor:
     """(1, seq, heads * head_dim) -> (1, heads, seq, head_dim)."""
     return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Apply rotary embeddings (2, seq, head_dim) to x (..., seq, head_dim).
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Apply rotary embeddings (2, seq, head_dim) float32 to x (..., seq, head_dim), in x's dtype.
 
-    Hugging Face's x * cos + cat(-x2, x1) * sin, with the minus in the table: the same roundings,
-    and a flip where a concatenation would be a kernel of its own.
+    Hugging Face's x * cos + cat(-x2, x1) * sin, with the minus in the table, and a flip where a
+    concatenation would be a kernel of its own; rounded once.
     """
     cos, signed_sin = rotation
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return x * cos + swapped * signed_sin
+    return (x * cos + swapped * signed_sin).to(x.dtype)
 
 
-def causal_attention(q, k, v, scale):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of a prompt to itself: (1, heads, seq, head_dim), KV heads shared by the kernel.
 
     On CUDA always flash, where there is a flash kernel. Left the choice, torch 2.11 and later
@@ -203,8 +327,8 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     rotation = rope[:, position]  # (2, 1, head_dim)
     q = rotate(q.view(-1, head_dim), rotation)  # (heads, head_dim)
     k = rotate(k.view(-1, head_dim), rotation)  # (kv_heads, head_dim)
-    keys.index_copy_(0, position, k.flatten()[None])
-    values.index_copy_(0, position, v[None])
+    keys.index_copy_(0, position, k.flatten()[None].to(keys.dtype))
+    values.index_copy_(0, position, v[None].to(values.dtype))
 
     kv_heads = k.shape[0]
     grouped = (rows, kv_heads, head_dim)
@@ -218,49 +342,80 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     return seen.flatten().to(q.dtype)
 
 
-@torch.no_grad()
-def export_graphs(causal_lm, cache: CacheShape, bounds: Bounds) -> list[ExportedProgram]:
-    """Export prefill for every padded prompt length within the bounds, and decode.
+def make_programs(causal_lm, cache: CacheShape) -> dict[str, Program]:
+    """Return the programs of a model by name, in the order of a sequence."""
+    kind = describe_layers(causal_lm, cache.slots)
+    tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
+    return {
+        "prefill_layer": PrefillLayer(kind),
+        "prefill_head": PrefillHead(kind, tied),
+        "decode_layer": DecodeLayer(kind),
+        "decode_head": DecodeHead(kind, tied),
+    }
 
-    That takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
+
+def state_dtypes(causal_lm) -> dict[str, torch.dtype]:
+    """Return the dtype of each of the state's tensors."""
+    own, exact, index = causal_lm.dtype, torch.float32, torch.int64
+    return {
+        "row": own if causal_lm.device.type == "cuda" else exact,
+        "hidden": own,
+        "token": index,
+        "position": index,
+        "rope": exact,
+        "keys": own,
+        "values": own,
+        "logits": exact,
+    }
+
+
+def state_shapes(
+    cache: CacheShape, hidden_size: int, vocab_size: int, padded: int, rows: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the state's tensors, the tables being those of one layer."""
+    return {
+        "row": (hidden_size,),
+        "hidden": (1, padded, hidden_size),
+        "token": (1, 1),
+        "position": (1,),
+        "rope": (2, cache.slots, cache.head_dim),
+        "keys": (rows, cache.width),
+        "values": (rows, cache.width),
+        "logits": (1, vocab_size),
+    }
+
+
+@torch.no_grad()
+def export_program(
+    program: Program, causal_lm, cache: CacheShape, bounds: Bounds
+) -> torch.export.ExportedProgram:
+    """Export one program: prefill for every padded prompt length within the bounds.
+
+    Decode takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
     captured graph serves every length, and its kernel ends at the position by itself.
     """
-    device, dtype = causal_lm.device, causal_lm.dtype
-    length, length_dim = bounds.example_and_dim()
-    ids = torch.zeros((1, length), dtype=torch.int64, device=device)
-    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    position = torch.full_like(token[0], length)
-    rope = torch.zeros((2, cache.slots, cache.head_dim), dtype=dtype, device=device)
-    tables = cache.make_tables(dtype, device)
-    example = (ids, token, position, rope, *tables)
-    shapes = (length_dim, None, None, None, (None,) * len(tables))
-    prefill = torch.export.export(PrefillGraph(causal_lm), example, dynamic_shapes=shapes)
-    blocks, shape = cache.rows // BLOCK_ROWS, None
-    if device.type == "cpu" and blocks > 1:
-        shape = {0: BLOCK_ROWS * torch.export.Dim("blocks", min=1, max=blocks)}
-        # an example of one block would be taken for a constant
-        tables = [table[: 2 * BLOCK_ROWS] for table in tables]
-    example = (token, torch.zeros_like(position), rope, *tables)
-    shapes = (None, None, None, (shape,) * len(tables))
-    decode = torch.export.export(DecodeGraph(causal_lm), example, dynamic_shapes=shapes)
-    return [prefill, decode]
+    padded, length = bounds.example_and_dim()
+    blocks, rows = cache.rows // BLOCK_ROWS, cache.rows
+    dynamic = {"hidden": length}
+    if isinstance(program, DecodeLayer) and not program.kind.on_cuda and blocks > 1:
+        in_use = {0: BLOCK_ROWS * torch.export.Dim("tables", min=1, max=blocks)}
+        dynamic |= {"keys": in_use, "values": in_use}
+        rows = 2 * BLOCK_ROWS  # an example of one block would be taken for a constant
+    config, dtypes, device = causal_lm.config, state_dtypes(causal_lm), causal_lm.device
+    shapes = state_shapes(cache, config.hidden_size, config.vocab_size, padded, rows)
+    # zeros: a position that is used as an index must be one
+    known = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in dtypes}
+    known["position"] += isinstance(program, PrefillHead)  # the first true token is the last
+    weights = {name: weight.detach() for name, weight in causal_lm.named_parameters()}
+    example = tuple(
+        known[name] if name in known else weights[name.format(layer=0)] for name in program.inputs
+    )
+    shapes_of = (tuple(dynamic.get(name) for name in program.inputs),)
+    return torch.export.export(program, example, dynamic_shapes=shapes_of)
 
 
-def decode_options(causal_lm) -> dict[str, object]:
-    """Return the Inductor options that decode needs beside those of all graphs."""
-    if causal_lm.device.type == "cuda":
-        # q, k and v have different numbers of rows: only a combined kernel launches them as one
-        return {"combo_kernels": True}
-    # A thread that waits for another one spins, and on a machine with other work waits long.
-    if sum(weight.nbytes for weight in causal_lm.parameters()) < ONE_THREAD_BYTES:
-        return {"cpp.dynamic_threads": False, "cpp.threads": 1}
-    return {}
-
-
-def describe_state(causal_lm, cache: CacheShape) -> dict[str, dict]:
-    """Return what a `Generator` needs beside the graphs, for the metadata."""
-    rotary = causal_lm.model.rotary_emb
-    # (head_dim / 2,); JSON keeps float32 exactly
-    rope = {"inv_freq": rotary.inv_freq.detach().double().tolist()}
-    rope["attention_scaling"] = float(rotary.attention_scaling)
-    return {"cache": asdict(cache), "rope": rope}
+def bytes_of_a_step(causal_lm) -> int:
+    """Return the bytes of weights that one decode step reads."""
+    tables = sum(weight.nbytes for weight in causal_lm.model.embed_tokens.parameters())
+    tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
+    return sum(weight.nbytes for weight in causal_lm.parameters()) - (0 if tied else tables)
