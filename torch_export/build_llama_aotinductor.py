@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     toolchain.open_driver(settings.shared.device)
     with trials.private_compiler_caches(), disk.building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.building import build
+        from aotinductor.build.building import build
 
         document = build(settings, console)
     store.publish(pair, settings.store.publish, APPROACH, console)
@@ -40,7 +40,7 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
     lengths = f"{recipe['min_seq_len']} to {longest} tokens, x{multiple}"
     saved = {
         "artifact": str(settings.files.package_path),
-        "graphs": ", ".join(details["graphs"]),
+        "graphs": ", ".join(details.get("programs", ["base"])),
         "KV cache": f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none",
         "weights": "in the package" if recipe["embed_weights"] else "bound at load",
         "size": f"{document['file']['bytes'] / 1e6:.2f} MB",

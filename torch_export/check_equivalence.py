@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     with trials.private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.verify import compare_logits
+        from aotinductor.build.verify import compare_logits
 
         document = compare_logits(settings, flags, console)
     report.write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)

@@ -1,9 +1,6 @@
 """The static KV cache, and generation over it with a package's `prefill` and `decode`: torch alone.
 
-Each layer has a table for K and one for V, slot after slot: (rows, kv_heads * head_dim). A graph
-that takes every table as an input of its own writes to it in place; through a view of one larger
-tensor Inductor copies the tensor first (torch 2.9.1 to 2.13). And the first slots of a table are
-contiguous: a graph can be given those in use alone.
+Each layer has a table for K and one for V, slot after slot: (rows, kv_heads * head_dim).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,45 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from aotinductor.package import Model
+from aotinductor.cache import CacheShape
 from common.cli import SamplingFlags
 
-# Tables are cut at multiples of this. More would read slots that hold nothing, fewer save little:
-# 64 slots are less than a tenth of a step (random:tiny on a CPU).
-BLOCK_ROWS = 64
 # On CUDA, how far the host may run ahead of the tokens it has seen: enough to hide a launch, few to
 # throw away.
 LAG = 2
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The shape of a KV cache for `slots` tokens of one sequence."""
-
-    layers: int
-    kv_heads: int
-    slots: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config, slots: int) -> "CacheShape":
-        """Read the shape from a Llama-family transformers configuration."""
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, config.num_key_value_heads, slots, head_dim)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a table: the slots, and what fills the last block."""
-        return -(-self.slots // BLOCK_ROWS) * BLOCK_ROWS
-
-    def make_tables(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """Return the tables in the graphs' order, K and V of layer 0 first.
-
-        Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
-        """
-        size = (self.rows, self.kv_heads * self.head_dim)
-        return [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * self.layers)]
 
 
 def rope_table(
@@ -92,54 +56,23 @@ class Sampler:
 
 
 class Generator:
-    """Owns the cache and the step state of one sequence at a time, on one device.
+    """Generates one sequence at a time with whole steps over a state: `build.torch_steps`."""
 
-    rope is (2, slots, head_dim); the tables get its dtype and device.
-    """
-
-    def __init__(self, prefill: Model, decode: Model, cache: CacheShape, rope: torch.Tensor):
-        self.prefill_model, self.decode_model = prefill, decode
-        self.cache, self.rope = cache, rope
-        self.device, self.on_cuda = rope.device, rope.device.type == "cuda"
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.tables = cache.make_tables(rope.dtype, self.device)
-        self.tables_in_use = self.tables  # what decode is given
+    def __init__(self, steps, cache: CacheShape):
+        self.steps, self.cache, self.state = steps, cache, steps.state
+        self.token, self.position = self.state["token"], self.state["position"]
+        self.logits = self.state["logits"]  # (1, vocab), of the newest step
+        self.embedding = steps.weights["model.embed_tokens.weight"]
+        self.device = self.token.device
+        self.on_cuda = self.device.type == "cuda"
         self.length = 0  # tokens in the cache: the host's copy of `position`
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.graph_logits: torch.Tensor | None = None
-        self.logits: torch.Tensor | None = None  # (1, vocab), of the newest step
 
     def reset(self) -> None:
         """Forget the sequence, and whatever weights that were not there yet left in the cache."""
-        for tensor in (self.token, self.position, *self.tables):
+        tables = [table for pair in self.steps.tables for table in pair]
+        for tensor in (self.token, self.position, *tables):
             tensor.zero_()
         self.length = 0
-
-    def capture(self) -> None:
-        """Record decode as a CUDA graph, and reset. Call once, after the constants are bound.
-
-        The weights' values may still be on their way: only their addresses are recorded.
-        """
-        warm_up = torch.cuda.Stream(self.device)
-        warm_up.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(warm_up):
-            self.reset()
-            # the first loads kernels, which a capture cannot; the second shows that none is left
-            for _ in range(2):
-                self._run_decode()
-        torch.cuda.current_stream(self.device).wait_stream(warm_up)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may allocate memory meanwhile, for the weights
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._run_decode()  # recorded, not run
-        # Every replay writes the same memory of the graph's own pool.
-        self.graph, self.graph_logits = graph, self.logits
-        self.reset()
-
-    def _run_decode(self) -> None:
-        state = [self.token, self.position, self.rope, *self.tables_in_use]
-        (self.logits,) = self.decode_model(state)
 
     def prefill(self, prompt: Sequence[int], padded: int) -> None:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
@@ -152,30 +85,27 @@ class Generator:
                 f"a prompt of {len(prompt)} tokens, padded to {padded}, does not fit into a KV "
                 f"cache of {self.cache.slots} slots"
             )
-        ids = torch.zeros(1, padded, dtype=torch.int64)
-        ids[0, : len(prompt)] = torch.tensor(prompt)
         self.length = len(prompt)
         self.position.fill_(self.length)
-        state = [ids.to(self.device), self.token, self.position, self.rope, *self.tables]
-        (self.logits,) = self.prefill_model(state)
+        ids = torch.tensor(prompt, device=self.device)
+        self.state["hidden"][0, : len(prompt)] = self.embedding[ids]
+        self.steps.prefill(padded)
+
+    def force(self, token: int) -> None:
+        """Take this token in place of the greedy one."""
+        self.token.fill_(token)
+        self.state["row"].copy_(self.embedding[token])
 
     def decode(self) -> None:
         """One step: the token after `token` takes its place, `position` advances.
 
-        Raises ValueError when the cache is full. No graph checks that: on a CPU it ends the
+        Raises ValueError when the cache is full. No program checks that: on a CPU it ends the
         process, on CUDA it overwrites other memory.
         """
         if self.length >= self.cache.slots:
             raise ValueError(f"no slot {self.length} in a KV cache of {self.cache.slots}")
-        if self.graph is not None:
-            self.graph.replay()
-            self.logits = self.graph_logits
-        else:
-            # a GPU's graph takes whole tables: its kernel ends at the position by itself
-            rows = (self.length // BLOCK_ROWS + 1) * BLOCK_ROWS
-            if not self.on_cuda and len(self.tables_in_use[0]) != rows:
-                self.tables_in_use = [table[:rows] for table in self.tables]
-            self._run_decode()
+        # a GPU's program takes whole tables: its kernel ends at the position by itself
+        self.steps.decode(self.cache.rows if self.on_cuda else self.cache.rows_in_use(self.length))
         self.length += 1
 
     def generate(
@@ -205,7 +135,7 @@ class Generator:
             if step < max_new_tokens:
                 self.prefill(prompt, padded) if step == 0 else self.decode()
                 if sampler is not None:
-                    self.token.copy_(sampler.draw(self.logits))
+                    self.force(sampler.draw(self.logits)[0, 0])
                 # queued before the next step overwrites it
                 arrived[step : step + 1].copy_(self.token[0], non_blocking=self.on_cuda)
                 if self.on_cuda:

@@ -5,15 +5,12 @@ all of it over tensors that have their places, and zeros in them, until the byte
 """
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from aotinductor import package
 from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH, RunSettings
-from aotinductor.kv_generation import CacheShape, Generator, rope_table
+from aotinductor.kv_generation import Generator
 from aotinductor.lengths import Plan
 from aotinductor.recipe import find_differences
 from common import errors
@@ -47,7 +44,8 @@ def load_package(
             problem = f"{pair.path} was replaced since this start: try again"
             raise errors.ArtifactMismatchError(problem)
         try:
-            package.check_layout(verified.file, manifest.details["graphs"])
+            if not manifest.recipe["kv_cache"]:
+                package.check_layout(verified.file, manifest.details["graphs"])
             # the file is open in here and in the mappings made here: no name of it is needed later
             path = Path(verified.path_for_loader)
             engine = _load(path, manifest, target, cuda_graph, warm_up_tokens, stages)
@@ -80,6 +78,16 @@ def _load(
     details, device = manifest.details, target.device
     if manifest.recipe["kv_cache"] != ("cache" in details):
         raise ValueError("its metadata's recipe and details are of different graphs")
+    if manifest.recipe["kv_cache"]:
+        from aotinductor.build.layer_package import list_embedded, open_package
+
+        stored = list_embedded(path) if manifest.recipe["embed_weights"] else None
+        stored = stored or weights.list_checkpoint(target.checkpoint.folder)
+        dtype = target.dtype if manifest.recipe["cast_weights"] else None
+        tensors = weights.start_upload(stored, device, dtype).wait()
+        engine = open_package(path, details, device, tensors)
+        stages.close("weights")
+        return engine
     constants, values = package.read_constants(details, device)
     if manifest.recipe["embed_weights"]:
         upload = weights.start_upload(package.find_in_package(constants, path), device)
@@ -104,32 +112,14 @@ def _load(
     tensors = upload.tensors | values
     models = [package.open_model(path, name, device, tensors) for name in details["graphs"]]
     stages.close("artifact")
-    engine = make_engine(models, details, target.dtype, device)
+    (model,) = models
+    engine = BaseGenerator(model, device)
     if device.type == "cuda":
         # what a request will run, so that kernels and libraries are there; no trace of it is left
-        if isinstance(engine, BaseGenerator):
-            engine.run([0] * warm_up_tokens, warm_up_tokens)
-        else:
-            engine.prefill([0] * warm_up_tokens, warm_up_tokens)
-            if cuda_graph:
-                engine.capture()
-            engine.reset()
+        engine.run([0] * warm_up_tokens, warm_up_tokens)
         synchronize(device)
         stages.close("capture")
     upload.wait()
     clock.join()
     stages.close("weights")
     return engine
-
-
-def make_engine(
-    models: Sequence[package.Model], details: dict, dtype: torch.dtype, device: torch.device
-) -> Engine:
-    """Return what generates with these graphs; `details` may hold a `kv_graphs.describe_state`."""
-    if "cache" not in details:
-        (model,) = models
-        return BaseGenerator(model, device)
-    cache = CacheShape(**details["cache"])
-    table = rope_table(**details["rope"], slots=cache.slots, dtype=dtype, device=device)
-    prefill, decode = models
-    return Generator(prefill, decode, cache, table)

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import torch
 
-from aotinductor import kv_graphs, package
-from aotinductor.base import BaseGraph
-from aotinductor.compile_package import compile_package
+from aotinductor import package
+from aotinductor.base import BaseGenerator
+from aotinductor.build.base_package import BaseGraph, compile_base_package
+from aotinductor.build.layer_graphs import make_programs
+from aotinductor.build.layer_package import (
+    cache_shape,
+    compile_layer_package,
+    describe_package,
+    make_engine,
+    open_package,
+)  # fmt: skip
 from aotinductor.flags import RunSettings
-from aotinductor.kv_generation import CacheShape
 from aotinductor.lengths import Bounds, Plan
-from aotinductor.loading import Engine, make_engine
+from aotinductor.loading import Engine
 from common.cli import Console
 from common.compiler.toolchain import prepare_toolchain
 from common.measure.measures import Stages
@@ -44,8 +51,6 @@ def serve_without_package(
             engine, _ = make_package(model, plan.bounds, plan.slots, path, False, max_autotune)
     else:
         engine = _torch_compile(model, plan, flags.compile_dynamic_seq_len, max_autotune)
-    if cuda_graph:
-        engine.capture()
     stages.close("compile")
     return engine
 
@@ -57,32 +62,35 @@ def make_package(
 
     It runs on the package's own weights, or else on the model's.
     """
-    details = compile_package(model, bounds, slots, path, embed_weights, max_autotune)
+    how = (path, embed_weights, max_autotune)
+    if slots is not None:
+        details = compile_layer_package(model, bounds, slots, *how)
+        return open_package(path, details, model.device, dict(model.named_parameters())), details
+    details = compile_base_package(model, bounds, *how)
     constants, values = package.read_constants(details, model.device)
     weights = model.state_dict()
     if embed_weights:
         weights = start_upload(package.find_in_package(constants, path), model.device).wait()
-    weights |= values
-    models = [package.open_model(path, name, model.device, weights) for name in details["graphs"]]
-    return make_engine(models, details, model.dtype, model.device), details
+    run = package.open_model(path, "base", model.device, weights | values)
+    return BaseGenerator(run, model.device), details
 
 
 def _torch_compile(model, plan: Plan, one_dynamic_graph: bool, max_autotune: bool) -> Engine:
     # without Inductor's own CUDA graphs: the generator captures decode, as of a package
     tuned = "max-autotune" if plan.slots is None else "max-autotune-no-cudagraphs"
-
-    def compiled(graph: torch.nn.Module, dynamic: bool | None) -> package.Model:
-        mode = tuned if max_autotune else "default"
-        called = torch.compile(graph, fullgraph=True, dynamic=dynamic, mode=mode)
-        return lambda inputs: [called(*inputs)]
-
+    mode = tuned if max_autotune else "default"
     # None is torch's own way: static at first, dynamic from the second length on
     dynamic = (one_dynamic_graph or None) if plan.bounds.dynamic_seq_len else False
     if plan.slots is None:
-        models, details = [compiled(BaseGraph(model), dynamic)], {}
-    else:
-        on_cpu = model.device.type == "cpu"  # there the length in use changes decode's shapes
-        prefill, decode = kv_graphs.PrefillGraph(model), kv_graphs.DecodeGraph(model)
-        models = [compiled(prefill, dynamic), compiled(decode, on_cpu)]
-        details = kv_graphs.describe_state(model, CacheShape.of(model.config, plan.slots))
-    return make_engine(models, details, model.dtype, model.device)
+        graph = torch.compile(BaseGraph(model), fullgraph=True, dynamic=dynamic, mode=mode)
+        return BaseGenerator(lambda inputs: [graph(*inputs)], model.device)
+    cache = cache_shape(model, plan.slots)
+    programs = make_programs(model, cache)
+    compiled = {}
+    for name, program in programs.items():
+        # on a CPU the rows in use change with the length
+        varies = model.device.type == "cpu" if name.startswith("decode") else dynamic
+        graph = torch.compile(program, fullgraph=True, dynamic=varies, mode=mode)
+        compiled[name] = lambda inputs, graph=graph: graph(*inputs)
+    details = describe_package(model, cache, programs)
+    return make_engine(compiled, details, dict(model.named_parameters()), model.device)

@@ -32,8 +32,6 @@ def verify_package(engine: Engine, model, bounds: Bounds) -> list[dict]:
     decode where there is a slot for it. Raises ScriptError beyond the tolerance.
     """
     base = isinstance(engine, BaseGenerator)
-    if not base and engine.on_cuda:
-        engine.capture()
     tolerance = TOLERANCES[str(model.dtype).removeprefix("torch.")]
     low, high = bounds.min_seq_len, bounds.max_seq_len
     checks = []
@@ -86,11 +84,11 @@ def engine_logits(engine: Engine, bounds: Bounds, ids: list[int], count: int) ->
         return logits[len(ids) - count : len(ids)].float()
     prompt, forced = ids[: len(ids) - count + 1], ids[len(ids) - count + 1 :]
     engine.prefill(prompt, bounds.padded(len(prompt)))
-    rows = [engine.logits.float()]
+    rows = [engine.logits.float().clone()]  # each step writes to the same memory
     for token in forced:
-        engine.token.fill_(token)  # instead of the package's own choice
+        engine.force(token)  # instead of the package's own choice
         engine.decode()
-        rows.append(engine.logits.float().clone())  # a replay writes to the same memory
+        rows.append(engine.logits.float().clone())
     return torch.cat(rows)
 
 

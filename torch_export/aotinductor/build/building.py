@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from aotinductor.build.runtime_compile import make_package
+from aotinductor.build.verify import verify_package
 from aotinductor.flags import APPROACH, BuildSettings
 from aotinductor.lengths import make_bounds
 from aotinductor.recipe import make_recipe
-from aotinductor.runtime_compile import make_package
-from aotinductor.verify import verify_package
 from common.artifact import disk, manifest
 from common.cli import Console
 from common.compiler import toolchain
