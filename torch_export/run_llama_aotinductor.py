@@ -6,11 +6,13 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
 from common import cuda, errors, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
+from common.compiler.caches import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
     from common.measure.report import write_json
     from common.measure.requests import print_run
 
-    document = run(settings, console)
+    compiles = settings.mode == "skip"
+    with private_compiler_caches() if compiles else nullcontext():
+        document = run(settings, console)
     write_json(document, settings.shared.json)
     print_run(document, console)
 

@@ -7,6 +7,7 @@ from typing import Any
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
 from aotinductor.lengths import find_plan
 from aotinductor.recipe import find_differences
+from aotinductor.start.engine import Engine
 from aotinductor.start.loading import choose_library, require_gpu_for_graph
 from aotinductor.start.opening import Opening, make_opening
 from common.artifact import manifest, store
@@ -36,10 +37,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         engine = opening.load(console, stages.close)
         artifact, generate = engine.artifact, generate_with(engine.tokens, settings)
     else:
-        # imported here: it brings the compiler and transformers, which a load does not pay for
-        from aotinductor.build import runtime_compile
-
-        generate, watch = runtime_compile.serve(settings, opening, stages, console)
+        generate, watch = serve_without_package(settings, opening, stages, console)
     document = requests.serve_requests(
         APPROACH, settings.mode, settings, target, codec, prompts, generate, stages, watch, console
     )
@@ -63,9 +61,34 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
     return replace(opening, wish=wish)
 
 
-def generate_with(
-    tokens: Callable[..., Iterable[int]], settings: RunSettings
-) -> requests.Generate:
+def serve_without_package(
+    settings: RunSettings, opening: Opening, stages: Stages, console: Console
+) -> tuple[requests.Generate, Any]:
+    """Return what serves a prompt in the modes eager and skip, and what watches the compiler."""
+    # imported here: they bring transformers, and the compiler, which a load does not pay for
+    from aotinductor.build import runtime_compile
+    from common.compiler import counts
+    from common.model.eager import load_model
+
+    if settings.mode == "skip":
+        watch = counts.watch_compilation()
+        made = runtime_compile.compile_engine(opening, settings.loading, stages.close, console)
+        engine = Engine(made, opening.target, opening.plan, opening.codec, {})
+        return generate_with(engine.tokens, settings), watch
+    stages.close("imports")
+    model = load_model(opening.target)
+    stages.close("weights")
+    stop_ids = () if settings.prompt.ignore_eos else opening.target.checkpoint.eos_token_ids
+    limits = (settings.prompt.max_new_tokens, stop_ids, settings.sampling, settings.shared.seed)
+
+    def generate(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
+        streamer = requests.TokenStreamer(on_token)
+        return runtime_compile.generate_eagerly(model, prompt, *limits, streamer)
+
+    return generate, None
+
+
+def generate_with(tokens: Callable[..., Iterable[int]], settings: RunSettings) -> requests.Generate:
     """Return what serves a prompt with the flags of the run; `tokens` is an engine's."""
     # of each request anew: the same prompt and seed, the same text
     choices: dict[str, Any] = {"max_new_tokens": settings.prompt.max_new_tokens}

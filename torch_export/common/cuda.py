@@ -223,9 +223,7 @@ class Stream:
             yield
         finally:  # or the stream could never be used again
             runtime().cudaStreamEndCapture(self.handle, ctypes.byref(recorded))
-        runtime().cudaGraphInstantiate(
-            ctypes.byref(graph.handle), recorded, ctypes.c_ulonglong(0)
-        )
+        runtime().cudaGraphInstantiate(ctypes.byref(graph.handle), recorded, ctypes.c_ulonglong(0))
 
 
 class Event:

@@ -128,5 +128,3 @@ def _stack() -> dict[str, Any]:
 def _found_in(path: str, pattern: str) -> list[str]:
     file = Path(path)
     return re.findall(pattern, file.read_text(), re.MULTILINE) if file.exists() else []
-
-

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.machine import in_rehearsal
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.machine import in_rehearsal
 
 SCHEMA = 4
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes

@@ -7,7 +7,6 @@ On CUDA the headers come from the wheels that torch brings, so no CUDA toolkit i
 put together in one folder, which takes the place of CUDA_HOME in this process.
 """
 
-import ctypes
 import logging
 import os
 import re
@@ -16,9 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 

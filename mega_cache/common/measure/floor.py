@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a script of its own
 
-from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
 from common import cuda
+from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
 from common.errors import run_script
+from common.machine import environment
 from common.measure.measures import Stages, process_start, run_metrics
 from common.measure.report import SCHEMA, write_json
-from common.machine import environment
 
 # Bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU. And copies
 # between two reads of the clock: one of 1 GiB takes a GPU half a millisecond.

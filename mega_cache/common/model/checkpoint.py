@@ -17,7 +17,7 @@ from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-from common.measure.report import package_version
+from common.machine import package_version
 
 # what shapes a Llama's graph; names, dates and token ids in config.json do not
 _ARCHITECTURE = (
@@ -63,6 +63,14 @@ class Checkpoint:
             "rope_scaling": {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")},
         }
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
+    def layer_digest(self) -> str:
+        return self.config_digest
 
     @property
     def kv_heads(self) -> int:

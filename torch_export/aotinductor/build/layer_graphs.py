@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aotinductor.cache import BLOCK_ROWS, CacheShape
+from aotinductor.build.compiler import example_and_dim
+from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
 from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
@@ -369,22 +370,6 @@ def state_dtypes(causal_lm) -> dict[str, torch.dtype]:
     }
 
 
-def state_shapes(
-    cache: CacheShape, hidden_size: int, vocab_size: int, padded: int, rows: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of the state's tensors, the tables being those of one layer."""
-    return {
-        "row": (hidden_size,),
-        "hidden": (1, padded, hidden_size),
-        "token": (1, 1),
-        "position": (1,),
-        "rope": (2, cache.slots, cache.head_dim),
-        "keys": (rows, cache.width),
-        "values": (rows, cache.width),
-        "logits": (1, vocab_size),
-    }
-
-
 @torch.no_grad()
 def export_program(
     program: Program, causal_lm, cache: CacheShape, bounds: Bounds
@@ -394,7 +379,7 @@ def export_program(
     Decode takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
     captured graph serves every length, and its kernel ends at the position by itself.
     """
-    padded, length = bounds.example_and_dim()
+    padded, length = example_and_dim(bounds)
     blocks, rows = cache.rows // BLOCK_ROWS, cache.rows
     dynamic = {"hidden": length}
     if isinstance(program, DecodeLayer) and not program.kind.on_cuda and blocks > 1:

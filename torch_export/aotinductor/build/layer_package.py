@@ -9,7 +9,6 @@ lie in the file.
 
 import json
 import struct
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aotinductor import torch_private
 from aotinductor.build.compiler import compile_program, library_of
 from aotinductor.build.layer_graphs import (
     Program,
@@ -26,14 +24,10 @@ from aotinductor.build.layer_graphs import (
     export_program,
     make_programs,
     state_dtypes,
-    state_shapes,
 )  # fmt: skip
-from aotinductor.build.torch_steps import Run, TorchSteps
 from aotinductor.cache import CacheShape
-from aotinductor.kv_generation import Generator, rope_table
 from aotinductor.lengths import Bounds
 from common.errors import ScriptError
-from common.model import weights
 
 ALIGNMENT = 64
 # A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
@@ -144,54 +138,3 @@ def safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text, [tensors[name] for name in ordered]
-
-
-def open_package(
-    path: Path, details: dict, device: torch.device, tensors: Mapping[str, Tensor]
-) -> Generator:
-    """Return what generates with a package, over torch and these weights."""
-    with tempfile.TemporaryDirectory(prefix="llama-package-") as unpacked:
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(unpacked, [n for n in archive.namelist() if "/programs/" in n])
-        libraries = Path(unpacked).glob("*/programs/*/*.so")
-        programs = {one.parent.name: torch_private.open_library(one, device) for one in libraries}
-        return make_engine(programs, details, tensors, device)
-
-
-def list_embedded(path: Path) -> dict[str, weights.Stored]:
-    """Return where each tensor of the package's own weights lies."""
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith("/weights/model.safetensors"))
-        with archive.open(name) as entry:
-            (size,) = struct.unpack("<Q", entry.read(8))
-            header = json.loads(entry.read(size))
-        info = archive.getinfo(name)
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        lengths = struct.unpack("<HH", file.read(4))
-    begin = info.header_offset + 30 + sum(lengths) + 8 + size
-    dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
-    return {
-        key: weights.Stored(
-            key, path, dtypes[row["dtype"]], tuple(row["shape"]), begin + row["data_offsets"][0]
-        )
-        for key, row in header.items()
-    }
-
-
-def make_engine(programs: Mapping[str, Run], details: dict, tensors: dict, device) -> Generator:
-    """Return what generates with these programs and weights."""
-    cache = CacheShape(**details["cache"])
-    dtypes = {name: getattr(torch, one) for name, one in details["dtypes"].items()}
-    shapes = state_shapes(
-        cache, details["hidden_size"], details["vocab_size"], cache.slots, cache.rows
-    )
-    state = {n: torch.zeros(shapes[n], dtype=dtypes[n], device=device) for n in dtypes}
-    state["rope"] = rope_table(
-        **details["rope"], slots=cache.slots, dtype=dtypes["rope"], device=device
-    )
-    tables, layer = [], 0
-    while any(name.startswith(f"model.layers.{layer}.") for name in tensors):
-        tables.append((torch.zeros_like(state["keys"]), torch.zeros_like(state["values"])))
-        layer += 1
-    return Generator(TorchSteps(programs, details["programs"], state, tables, tensors), cache)

@@ -19,8 +19,8 @@ from common.model.weights import Tensor, convert
 class Forward(Protocol):
     """The graph, called: by a package, or compiled at runtime."""
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, row: int) -> np.ndarray:
-        """Return the logits (vocab,) float32 of one row, for ids and mask (1, padded) int64."""
+    def __call__(self, ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
+        """Return the logits (rows, vocab) float32 of some rows, for ids and mask (1, padded)."""
         ...
 
 
@@ -37,7 +37,7 @@ class BaseProgram:
         self._inputs = [memory.zeros((1, longest), "int64") for _ in range(2)]
         self._run = program.library.AOTInductorModelContainerRunSingleThreaded
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, row: int) -> np.ndarray:
+    def __call__(self, ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
         memory, device = self._memory, self._memory.device
         inputs = (ctypes.c_void_p * 2)()
         for at, values in enumerate((ids, mask)):
@@ -54,7 +54,7 @@ class BaseProgram:
         try:
             address = self._interface.data_pointer(output)
             logits = Tensor(address, (ids.shape[1], self._vocab_size), self._dtype)
-            return convert(memory.read_row(logits, row), self._dtype, "float32")
+            return convert(memory.read_rows(logits, rows), self._dtype, "float32")
         finally:
             self._interface.library.aoti_torch_delete_tensor_object(output)
 
@@ -66,13 +66,16 @@ class BaseEngine:
         """`padded` gives the length that the graph takes for a true one."""
         self._forward, self._padded = forward, padded
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return (vocab,) float32 of the last token; it stands at the left, the rest is masked."""
-        count = len(token_ids)
-        ids = np.zeros((1, self._padded(count)), np.int64)
+    def logits(self, token_ids: Sequence[int], count: int = 1) -> np.ndarray:
+        """Return (count, vocab) float32: those after each of the last `count` of the ids.
+
+        The tokens stand at the left end of the padded sequence, the rest is masked.
+        """
+        length = len(token_ids)
+        ids = np.zeros((1, self._padded(length)), np.int64)
         mask = np.zeros_like(ids)
-        ids[0, :count], mask[0, :count] = token_ids, 1
-        return self._forward(ids, mask, count - 1)
+        ids[0, :length], mask[0, :length] = token_ids, 1
+        return self._forward(ids, mask, range(length - count, length))
 
     def tokens(
         self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()

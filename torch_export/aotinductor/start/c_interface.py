@@ -107,11 +107,17 @@ def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
             "this package's programs call functions that only libtorch has, and no torch is "
             "installed: install the torch that built it"
         )
-    names = [*_LIBTORCH, *(_LIBTORCH_CUDA if with_cuda else ()), *(["libtorch.so"] if whole else ())]
+    names = [
+        *_LIBTORCH,
+        *(_LIBTORCH_CUDA if with_cuda else ()),
+        *(["libtorch.so"] if whole else ()),
+    ]
     for name in names:
         path = folder / "lib" / name
         if not path.exists():
-            raise EnvironmentProblemError(f"the torch in {folder} has no {name}: is it a CUDA build?")
+            raise EnvironmentProblemError(
+                f"the torch in {folder} has no {name}: is it a CUDA build?"
+            )
         open_library(str(path), ctypes.RTLD_GLOBAL)
     return Interface("libtorch", ctypes.CDLL(str(folder / "lib" / "libtorch_cpu.so")))
 
@@ -130,6 +136,7 @@ class Program:
     def __init__(self, path: str, device: str, cubins: Path | None = None):
         self.library = open_library(path)
         self.handle = ctypes.c_void_p()
+        self.kept: Any = None  # what it reads, and has no copy of
         create = self.library.AOTInductorModelContainerCreateWithDevice
         folder = str(cubins).encode() if cubins else None
         with _what_it_says("a program of the package cannot be opened"):

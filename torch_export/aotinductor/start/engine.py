@@ -9,7 +9,7 @@ from aotinductor.start.kv_engine import KvEngine
 from aotinductor.start.sampling import Sampler
 from common.errors import UsageError
 from common.model.target import Target
-from common.model.tokenizer import TextCodec, TextStream
+from common.model.tokenizer import TextCodec
 
 
 class Engine:
@@ -27,7 +27,7 @@ class Engine:
     ) -> Iterator[str]:
         """Yield the text that follows a prompt, piece by piece; together they are the whole text.
 
-        A list of messages ({"role": ..., "content": ...}) goes through the chat template. `sampling`
+        A list of messages ({"role": ..., "content": ...}) goes through the chat template; `sampling`
         as for `generate`.
         """
         text = TextStream(self.codec)
@@ -53,7 +53,6 @@ class Engine:
     ) -> Iterator[int]:  # fmt: skip
         """Yield what `generate` returns, each id as it arrives."""
         self.plan.check_request(len(prompt), max_new_tokens)
-        self.target.checkpoint.check_token_ids(prompt)
         stops = self.target.checkpoint.eos_token_ids if stop_ids is None else stop_ids
         if isinstance(self.generator, BaseEngine):
             if temperature:

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from aotinductor.cache import CacheShape
-from aotinductor.start.memory import GpuMemory, HostMemory, make_memory
+from aotinductor.cache import CacheShape, state_shapes
+from aotinductor.start.memory import GpuMemory, HostMemory
 from aotinductor.start.sampling import Sampler
 from common import cuda
 from common.model.weights import Tensor, convert
@@ -44,21 +44,14 @@ class State:
 
         Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
         """
-        table = (cache.rows, cache.width)
-        shapes = {
-            "row": (hidden_size,),
-            "hidden": (1, cache.slots, hidden_size),
-            "token": (1, 1),
-            "position": (1,),
-            "rope": (2, cache.slots, cache.head_dim),
-            "logits": (1, vocab_size),
-        }
-        integers = {"token": "int64", "position": "int64"}
-        kinds = dtypes | integers
-        made = {name: memory.zeros(shape, kinds[name]) for name, shape in shapes.items()}
-        keys = [memory.zeros(table, kinds["keys"]) for _ in range(layers)]
-        values = [memory.zeros(table, kinds["values"]) for _ in range(layers)]
-        return cls(**made, keys=keys, values=values)
+        shapes = state_shapes(cache, hidden_size, vocab_size, cache.slots, cache.rows)
+
+        def make(name: str) -> Tensor:
+            return memory.zeros(shapes[name], dtypes[name])
+
+        keys, values = ([make(name) for _ in range(layers)] for name in ("keys", "values"))
+        single = {name: make(name) for name in shapes if name not in ("keys", "values")}
+        return cls(**single, keys=keys, values=values)
 
 
 def rope_table(inv_freq: Sequence[float], attention_scaling: float, slots: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aotinductor.cache import CacheShape
 from aotinductor.flags import APPROACH
@@ -21,13 +21,12 @@ from aotinductor.start.memory import GpuMemory, HostMemory, make_memory
 from aotinductor.start.package import RUNTIME, STEPS, WEIGHTS, Package
 from aotinductor.start.steps import PackageSteps, names_of_weights
 from common import machine
-from common.artifact.disk import ArtifactPair, TrustFlags, VerifiedArtifact, open_verified
+from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
 from common.artifact.manifest import Manifest, describe, differences, raise_if_different
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
-    EnvironmentProblemError,
     UsageError,
 )
 from common.model import weights
@@ -68,7 +67,11 @@ def load_engine(
             problem = f"{pair.path} was replaced since this start: try again"
             raise ArtifactMismatchError(problem)
         try:
-            engine = _Loader(wish, target, plan, library, verified, close_stage).load()
+            path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
+            source = Source(verified.file, path, built.details, embedded)
+            if built.recipe["kv_cache"] != source.is_kv:
+                raise ValueError("its metadata's recipe and details are of different graphs")
+            engine = assemble(wish, target, plan, library, source, close_stage)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             text = next((line for line in str(error).splitlines() if line.strip()), "no message")
             if isinstance(error, KeyError | TypeError | AttributeError):
@@ -89,38 +92,82 @@ def load_engine(
     }
 
 
+def make_state(
+    details: dict[str, Any], cache: CacheShape, target: Target
+) -> tuple[State, HostMemory | GpuMemory]:
+    """Return the state of a KV cache for the model's depth, and the memory that it lies in."""
+    hidden, vocab = details["hidden_size"], details["vocab_size"]
+    largest = 4 * max(vocab, cache.slots * max(hidden, 2 * cache.head_dim))
+    memory = make_memory(target.device, largest)
+    layers = target.checkpoint.layers
+    state = State.make(memory, cache, layers, details["dtypes"], hidden, vocab)
+    rope = rope_table(**details["rope"], slots=cache.slots)
+    memory.write(state.rope, weights.convert(rope, "float32", state.rope.dtype))
+    return state, memory
+
+
+def read_embedding(target: Target) -> Embedding:
+    """Return the input tokens' table of the target's checkpoint."""
+    table = weights.list_checkpoint(target.checkpoint.folder)[EMBEDDING]
+    return Embedding(weights.map_tensor(table), table.dtype, target.dtype)
+
+
+def usual_library(details: dict[str, Any]) -> str:
+    """Return what stands behind the programs' calls if nobody asks: runtime, where it has all."""
+    # none listed: the base graph, which is linked for torch's own loader
+    return RUNTIME_LIBRARY if details.get("runtime", {}).get("lacks") == [] else LIBTORCH
+
+
 def choose_library(wanted: str, built: Manifest) -> str:
     """Return what stands behind the programs' calls, runtime or libtorch."""
-    lacks = built.details.get("runtime", {}).get("lacks")
-    possible = lacks == []  # None: the base graph, which is linked for torch's own loader
+    usual = usual_library(built.details)
     if wanted == "auto":
-        return RUNTIME_LIBRARY if possible else LIBTORCH
-    if wanted == RUNTIME_LIBRARY and not possible:
+        return usual
+    if wanted == RUNTIME_LIBRARY and usual != RUNTIME_LIBRARY:
+        lacks = built.details.get("runtime", {}).get("lacks")
         calls = f"its programs call {', '.join(lacks)}" if lacks else "it holds the base graph"
         raise UsageError(f"--library runtime: this package starts over libtorch, for {calls}")
     return wanted
 
 
+@dataclass(frozen=True)
+class Source:
+    """A package that may be run: its open file, a path that opens it again, and what it holds."""
+
+    file: BinaryIO
+    path: Path
+    details: dict[str, Any]
+    embedded: bool  # the weights are in it
+
+    @property
+    def is_kv(self) -> bool:
+        return "programs" in self.details
+
+
+def assemble(
+    wish: Wish, target: Target, plan: Plan, library: str, source: Source,
+    close_stage: Callable[[str], None],
+) -> KvEngine | BaseEngine:  # fmt: skip
+    """Open the package, and return what generates with it over its weights."""
+    details = source.details
+    package = Package(source.file, details["programs" if source.is_kv else "graphs"])
+    assembly = _Assembly(wish, target, plan, library, source, package, close_stage)
+    return assembly.kv_engine(details) if source.is_kv else assembly.base_engine(details)
+
+
 @dataclass
-class _Loader:
-    """One load, from the verified file to the engine."""
+class _Assembly:
+    """What the steps of one load share."""
 
     wish: Wish
     target: Target
     plan: Plan
     library: str
-    verified: VerifiedArtifact
+    source: Source
+    package: Package
     close_stage: Callable[[str], None]
 
-    def load(self) -> KvEngine | BaseEngine:
-        details = self.verified.manifest.details
-        is_kv = self.verified.manifest.recipe["kv_cache"]
-        if is_kv != ("programs" in details):
-            raise ValueError("its metadata's recipe and details are of different graphs")
-        self.package = Package(self.verified.file, details["programs" if is_kv else "graphs"])
-        return self._load_kv(details) if is_kv else self._load_base(details)
-
-    def _load_kv(self, details: dict[str, Any]) -> KvEngine:
+    def kv_engine(self, details: dict[str, Any]) -> KvEngine:
         checkpoint, device, dtype = self.target.checkpoint, self.target.device, self.target.dtype
         programs, cache = details["programs"], CacheShape(**details["cache"])
         stored = self._stored_tensors()
@@ -130,11 +177,7 @@ class _Loader:
                 f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
             )
         upload = weights.start_upload({name: stored[name] for name in names}, device, dtype)
-        hidden, vocab = details["hidden_size"], details["vocab_size"]
-        memory = make_memory(device, 4 * max(vocab, cache.slots * max(hidden, 2 * cache.head_dim)))
-        state = State.make(memory, cache, checkpoint.layers, details["dtypes"], hidden, vocab)
-        rope = rope_table(**checkpoint.rope, slots=cache.slots)
-        memory.write(state.rope, weights.convert(rope, "float32", state.rope.dtype))
+        state, memory = make_state(details, cache, self.target)
         opened, kernels = self._open(list(programs))
         steps = PackageSteps(opened, programs, upload.tensors, state, memory, self._libraries)
         table = stored[EMBEDDING]
@@ -152,11 +195,11 @@ class _Loader:
             self.close_stage("capture")
         return self._finish(engine, upload, kernels)
 
-    def _load_base(self, details: dict[str, Any]) -> BaseEngine:
-        manifest, device, dtype = self.verified.manifest, self.target.device, self.target.dtype
+    def base_engine(self, details: dict[str, Any]) -> BaseEngine:
+        device, dtype = self.target.device, self.target.dtype
         rows, values = constants.read_constants(details)
-        if manifest.recipe["embed_weights"]:
-            stored = constants.find_in_package(rows, Path(self.verified.path_for_loader))
+        if self.source.embedded:
+            stored = constants.find_in_package(rows, self.source.path)
         else:
             try:
                 stored = constants.find_in_checkpoint(rows, self._stored_tensors(), dtype)
@@ -170,9 +213,9 @@ class _Loader:
         (program,) = opened.values()
         steps, interface = self._libraries
         constants.bind(program, steps, interface, device, tensors)
+        program.kept = tensors  # bound without a copy
         forward = BaseProgram(program, interface, memory, longest, vocab, dtype)
         engine = BaseEngine(forward, self.plan.padded)
-        engine.keep = tensors
         self.close_stage("artifact")
         if device == "cuda":
             engine.logits([0] * self.wish.warm_up_tokens)
@@ -182,9 +225,8 @@ class _Loader:
     def _stored_tensors(self) -> Mapping[str, Stored]:
         """Return where each tensor lies: in the package, or in the checkpoint."""
         if self.package.has(WEIGHTS):
-            path = Path(self.verified.path_for_loader)
             begin = self.package.offset_of(WEIGHTS)
-            return {one.name: one for one in weights.read_header(path, begin)}
+            return {one.name: one for one in weights.read_header(self.source.path, begin)}
         folder = self.target.checkpoint.folder
         try:
             return weights.list_checkpoint(folder)

@@ -23,11 +23,11 @@ class HostMemory:
     def read(self, tensor: Tensor) -> np.ndarray:
         return tensor.owner
 
-    def read_row(self, tensor: Tensor, row: int) -> np.ndarray:
-        """Return a copy of one row of a matrix that somebody else owns."""
-        at = _row_of(tensor, row)
+    def read_rows(self, tensor: Tensor, rows: range) -> np.ndarray:
+        """Return a copy of some rows of a matrix that somebody else owns."""
+        at = _rows_of(tensor, rows)
         raw = ctypes.string_at(at.address, at.nbytes)
-        return np.frombuffer(raw, numpy_dtype(tensor.dtype))
+        return np.frombuffer(raw, numpy_dtype(tensor.dtype)).reshape(at.shape)
 
     def clear(self, tensor: Tensor) -> None:
         tensor.owner.fill(0)
@@ -63,18 +63,19 @@ class GpuMemory:
         values = np.frombuffer(self._staged.view[: tensor.nbytes], numpy_dtype(tensor.dtype))
         return values.reshape(tensor.shape).copy()
 
-    def read_row(self, tensor: Tensor, row: int) -> np.ndarray:
-        """Return one row of a matrix, which may be somebody else's."""
-        return self.read(_row_of(tensor, row))
+    def read_rows(self, tensor: Tensor, rows: range) -> np.ndarray:
+        """Return some rows of a matrix, which may be somebody else's."""
+        each = [self.read(_rows_of(tensor, range(row, row + 1))) for row in rows]
+        return np.concatenate(each)
 
     def clear(self, tensor: Tensor) -> None:
         tensor.owner.fill_with_zeros(self.stream)
 
 
-def _row_of(tensor: Tensor, row: int) -> Tensor:
-    _, width = tensor.shape
-    begin = tensor.address + row * width * item_bytes(tensor.dtype)
-    return Tensor(begin, (width,), tensor.dtype, tensor.owner)
+def _rows_of(tensor: Tensor, rows: range) -> Tensor:
+    width = tensor.shape[1]
+    begin = tensor.address + rows.start * width * item_bytes(tensor.dtype)
+    return Tensor(begin, (len(rows), width), tensor.dtype, tensor.owner)
 
 
 def make_memory(device: str, largest_bytes: int) -> HostMemory | GpuMemory:

@@ -36,9 +36,9 @@ class Opening:
 def make_opening(
     pair: ArtifactPair, shared: SharedFlags, trust: TrustFlags, plan: Plan, console: Console
 ) -> Opening:
-    """Return an opening by a plan, be there a package or not; the model may be the package's own."""
+    """Return an opening by a plan, with a package or without; without a model, of its own."""
     if not shared.model_id and plan.manifest:
         shared = replace(shared, model_id=plan.manifest.model["id"])
     known = plan.manifest.details.get("checkpoint") if plan.manifest else None
     target = choose_target(plan.fill_in(shared), console, known)
-    return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))
+    return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint.folder))

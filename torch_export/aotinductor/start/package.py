@@ -1,10 +1,10 @@
-"""A `.pt2` as a start sees it: a zip of stored entries, whose code is opened without a copy on disk.
+"""A `.pt2` as a start sees it: a zip of stored entries, whose code never lies in a folder.
 
-    STEM/programs/<program>/*.so, *.cubin      a KV cache's: prefill_layer, prefill_head,
-                                               decode_layer, decode_head
-    STEM/data/aotinductor/base/*.so, *.cubin   the base graph's
-    STEM/native/*.so                           what makes a step's calls, and the runtime library
-    STEM/weights/model.safetensors             weights, where a KV package holds them
+STEM/programs/<program>/*.so, *.cubin      a KV cache's: prefill_layer, prefill_head,
+                                           decode_layer, decode_head
+STEM/data/aotinductor/base/*.so, *.cubin   the base graph's
+STEM/native/*.so                           what makes a step's calls, and the runtime library
+STEM/weights/model.safetensors             weights, where a KV package holds them
 """
 
 import os
@@ -87,16 +87,16 @@ class Package:
         return self.library(self._libraries[program])
 
     def unpack_kernels(self) -> "tempfile.TemporaryDirectory[str]":
-        """Return a folder with a folder of CUDA kernels per program: data, which only CUDA reads."""
+        """Return a folder with one per program of its CUDA kernels: data, which only CUDA reads."""
         try:
             folder = tempfile.TemporaryDirectory(prefix="llama-kernels-")
             for program, library in self._libraries.items():
                 own = Path(folder.name, program)
                 own.mkdir()
                 for name, entry in self._entries.items():
-                    if name.rpartition("/")[0] == library.rpartition("/")[0]:
-                        if not name.endswith(".so"):
-                            (own / Path(name).name).write_bytes(self._archive.read(entry))
+                    beside = name.rpartition("/")[0] == library.rpartition("/")[0]
+                    if beside and not name.endswith(".so"):
+                        (own / Path(name).name).write_bytes(self._archive.read(entry))
         except OSError as error:
             raise EnvironmentProblemError(
                 f"cannot unpack CUDA kernels below {tempfile.gettempdir()} "

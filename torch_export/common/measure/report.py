@@ -1,15 +1,11 @@
 """Result files, and the tables and lines that are printed from the very same dictionaries."""
 
-import functools
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from common import cuda
 from common.cli import Console, config_of
 from common.compiler.counts import Watch, read_counts
-from common import cuda
 from common.machine import environment
 from common.measure import measures
 from common.measure.report import SCHEMA, markdown_table, number

@@ -25,7 +25,9 @@ class Target:
         return names | {"config_digest": one.config_digest, "dtype": self.dtype}
 
 
-def choose_target(flags: SharedFlags, console: Console) -> Target:
+def choose_target(
+    flags: SharedFlags, console: Console, known: dict[str, Any] | None = None
+) -> Target:
     """Return what the flags name; from here on the GPU, if it is one, is in use."""
     device = choose_device(flags.device)
     usual = "bfloat16" if device == "cuda" else "float32"

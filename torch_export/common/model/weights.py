@@ -117,7 +117,9 @@ def read_header(path: Path, begin: int = 0) -> list[Stored]:
     for name, entry in header.items():
         first, end = (data + offset for offset in entry["data_offsets"])
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path} holds {name} as {entry['dtype']}, which nothing here computes")
+            raise ValueError(
+                f"{path} holds {name} as {entry['dtype']}, which nothing here computes"
+            )
         tensor = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), first)
         if end > size or end - first != tensor.nbytes:
             raise ValueError(f"{path} is cut off or damaged at {name}: download it again")
