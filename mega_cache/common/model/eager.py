@@ -1,13 +1,9 @@
 """transformers' own model: what is exported, what is compared with, and the mode eager."""
 
-import logging
-import warnings
-
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from common.cli import Console
 from common.model.target import Target
 
 
@@ -26,13 +22,3 @@ def load_model(target: Target, dtype: str | None = None):
         device_map="cuda:0" if target.device == "cuda" else None,
     )
     return model.eval()
-
-
-def quieten(device: str, console: Console) -> None:
-    """Keep off stderr what the compiler says that is no news."""
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    if console.quiet:
-        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
-    if console.quiet or device != "cuda":  # a skipped CUDA graph is news where there is a GPU
-        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
-            logging.getLogger(name).setLevel(logging.ERROR)

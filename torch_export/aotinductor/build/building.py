@@ -19,7 +19,7 @@ from common.cli import Console
 from common.compiler import toolchain
 from common.measure.measures import Stages, process_start
 from common.model import weights
-from common.model.eager import load_model, quieten
+from common.model.eager import load_model
 from common.model.target import choose_target
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
@@ -31,7 +31,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
-    quieten(target.device, console)
+    toolchain.quieten(target.device, console)
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
     stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()

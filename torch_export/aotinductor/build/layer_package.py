@@ -9,6 +9,7 @@ lie in the file.
 
 import json
 import struct
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from aotinductor.build.layer_graphs import (
 )  # fmt: skip
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
+from aotinductor.native.compile import compile_native
 from common.errors import ScriptError
 
 ALIGNMENT = 64
@@ -59,9 +61,12 @@ def compile_layer_package(
         files = compile_program(exported, program_options(name, causal_lm, max_autotune))
         kept = [library_of(files), *(Path(file) for file in files if file.endswith(_KERNELS))]
         entries |= {f"programs/{name}/{file.name}": file for file in kept}
-    # each once: a tied head is the embedding's
-    embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
-    write_package(path, entries, embedded)
+    with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
+        native = compile_native(Path(folder), causal_lm.device.type)
+        entries |= {f"native/{name}": file for name, file in native.items()}
+        # each once: a tied head is the embedding's
+        embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
+        write_package(path, entries, embedded)
     return describe_package(causal_lm, cache, programs)
 
 

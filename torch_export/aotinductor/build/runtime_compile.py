@@ -26,8 +26,8 @@ from aotinductor.start.loading import (
 )
 from aotinductor.start.opening import Opening
 from common.cli import Console, SamplingFlags
-from common.compiler.toolchain import prepare_toolchain
-from common.model.eager import load_model, quieten
+from common.compiler.toolchain import prepare_toolchain, quieten
+from common.model.eager import load_model
 from common.model.target import Target
 
 CloseStage = Callable[[str], None]

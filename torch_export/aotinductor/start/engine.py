@@ -27,8 +27,8 @@ class Engine:
     ) -> Iterator[str]:
         """Yield the text that follows a prompt, piece by piece; together they are the whole text.
 
-        A list of messages ({"role": ..., "content": ...}) goes through the chat template; `sampling`
-        as for `generate`.
+        A list of messages ({"role": ..., "content": ...}) goes through the chat template;
+        `sampling` as for `generate`.
         """
         text = TextStream(self.codec)
         for token_id in self.tokens(self.codec.encode(prompt), max_new_tokens, **sampling):
