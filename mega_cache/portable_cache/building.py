@@ -51,6 +51,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.configure()
     bundle.watch()
     target = choose_target(settings.shared, console)
+    target.checkpoint.require_weights()
     toolchain.prepare_toolchain(target.device, host_code=False, console=console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
@@ -60,7 +61,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     tensors = weights.start_upload(stored, target.device, target.dtype).wait()
     model = generation.make_model(target, tensors, attention.NAME)
     eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
-    builder = Builder(settings, console, target, load_codec(folder), model, eager)
+    builder = Builder(settings, console, target, load_codec(target.checkpoint), model, eager)
     stages.close("weights")
     warmed, steps, ahead = [], {}, settings.build.precompile
     for slots, length in settings.compilation.cache_lengths().items():
@@ -82,6 +83,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
+            "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
             "decode_steps": {str(slots): step.contract for slots, step in steps.items()},
             "graphs": [asdict(lookup) for lookup in lookups],

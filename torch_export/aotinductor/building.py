@@ -49,7 +49,8 @@ def build(settings: BuildSettings, console: Console) -> dict:
             engine, found = make_package(model, bounds, settings.slots, path, *how)
         with shown("verify"):
             checks = verify_package(engine, model, bounds)
-        details.update(found, verified=True, verification=checks)
+        checkpoint = target.checkpoint.resolved
+        details.update(found, verified=True, verification=checks, checkpoint=checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()

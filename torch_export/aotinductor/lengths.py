@@ -76,12 +76,14 @@ def parse_bounds(recipe: dict[str, Any]) -> Bounds:
 class Plan:
     """How this run serves a request: within which lengths, and as which package was built.
 
-    `built` is the recipe of the package at hand and `dtype` its weights', {} and None without one.
+    `built` is the recipe of the package at hand, `dtype` its weights', and `checkpoint` what its
+    metadata says of the one that it was built from; {} and None without a package.
     """
 
     bounds: Bounds
     built: dict[str, Any]
     dtype: str | None = None
+    checkpoint: dict[str, Any] | None = None
 
     @property
     def slots(self) -> int | None:
@@ -146,7 +148,9 @@ def find_plan(settings: RunSettings) -> Plan:
     if settings.mode == "load":
         raise_if_different(settings.files.package_path, found)
     bounds = override(settings.shape) if found else parse_bounds(built)
-    return Plan(bounds, built, manifest.model.get("dtype"))
+    # of a package that is loaded only: then its origin is checked before anything is generated
+    known = manifest.details.get("checkpoint") if settings.mode == "load" else None
+    return Plan(bounds, built, manifest.model.get("dtype"), known)
 
 
 def override(flags: ExpectedShapeFlags) -> Bounds:

@@ -27,7 +27,7 @@ def run(settings: RunSettings, console: Console) -> dict:
     stages.close("imports")
     settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
-    target = choose_target(plan.fill_in(settings.shared), console)
+    target = choose_target(plan.fill_in(settings.shared), console, plan.checkpoint)
     cuda_graph = wants_cuda_graph(settings, target, plan)
     if settings.sampling.temperature and settings.mode != "eager" and plan.slots is None:
         raise errors.UsageError(
@@ -36,7 +36,7 @@ def run(settings: RunSettings, console: Console) -> dict:
         )
     torch.empty(1, device=target.device)  # CUDA's context is there from here on
     stages.close("device")
-    codec = load_codec(target.checkpoint.folder)
+    codec = load_codec(target.checkpoint)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     padded, bucket_pad = len(prompts[0]), settings.loading.bucket_pad
     if settings.mode != "eager":

@@ -101,14 +101,14 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     """
     settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
-    target = choose_target(plan.fill_in(settings.shared), console)
+    target = choose_target(plan.fill_in(settings.shared), console, plan.checkpoint)
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     for length in lengths:
         plan.check_request(length, steps, bucket_pad=False)
     captured, warm_up = wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0])
     engine, _ = load_package(settings, target, plan, captured, warm_up, Stages(0), console)
     reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
-    codec, rows = load_codec(target.checkpoint.folder), []
+    codec, rows = load_codec(target.checkpoint), []
     for length in console.bar(lengths, "logits", "prompt"):
         ids = codec.synthetic_prompt(length, settings.shared.seed)
         for _ in range(steps - 1):

@@ -14,6 +14,7 @@ import torch
 from common.cli import Console, SharedFlags
 from common.errors import EnvironmentProblemError
 from common.model.checkpoint import Checkpoint, resolve_checkpoint
+from common.model.resolve import read_config
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,13 @@ class Target:
         return names | {"config_digest": one.config_digest, "dtype": self.dtype_name}
 
 
-def choose_target(flags: SharedFlags, console: Console) -> Target:
-    """Return what the flags name, and keep off stderr what the compiler says that is no news."""
+def choose_target(
+    flags: SharedFlags, console: Console, known: dict[str, Any] | None = None
+) -> Target:
+    """Return what the flags name, and keep off stderr what the compiler says that is no news.
+
+    `known` is what an artifact's metadata says of its checkpoint: `resolve_checkpoint`.
+    """
     device = torch.device("cpu")
     if flags.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -53,7 +59,7 @@ def choose_target(flags: SharedFlags, console: Console) -> Target:
     if console.quiet or device.type != "cuda":  # a skipped CUDA graph is news where there is a GPU
         for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    return Target(resolve_checkpoint(flags.model_id, console), device, dtype)
+    return Target(resolve_checkpoint(flags.model_id, console, known), device, dtype)
 
 
 def synchronize(device: torch.device) -> None:
@@ -88,12 +94,14 @@ def load_model(target: Target):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    target.checkpoint.require_weights()
     # its progress bar would mix with ours, and its advice is about flags we pass on purpose
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     torch.set_grad_enabled(False)
     model = AutoModelForCausalLM.from_pretrained(
         target.checkpoint.folder,
+        config=read_config(target.checkpoint.folder),
         dtype=target.dtype,
         attn_implementation="sdpa",
         local_files_only=True,
