@@ -51,6 +51,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.watch()
     target = choose_target(settings.shared, console)
     toolchain.quieten(target.device, console)
+    target.checkpoint.require_weights()
     toolchain.prepare_toolchain(target.device, host_code=False, console=console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
@@ -58,8 +59,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     there = tensors.start_upload(target)()
     model = generation.make_model(target, there, attention.NAME)
     eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
-    codec = load_codec(target.checkpoint.folder)
-    builder = Builder(settings, console, target, codec, model, eager)
+    builder = Builder(settings, console, target, load_codec(target.checkpoint), model, eager)
     stages.close("weights")
     warmed, steps, ahead = [], {}, settings.build.precompile
     for slots, length in settings.compilation.cache_lengths().items():
@@ -81,6 +81,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
+            "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
             "decode_steps": {str(slots): step.contract for slots, step in steps.items()},
             "graphs": [asdict(lookup) for lookup in lookups],

@@ -57,8 +57,11 @@ def run(settings: RunSettings, console: Console) -> dict:
 def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     """Bring model and artifact into this process."""
     stages.close("imports")
-    target = choose_target(settings.shared, console)
+    built = disk.peek_manifest(settings.files.pair()) if settings.loading.mode == "load" else None
+    known = built and built.details.get("checkpoint")
+    target = choose_target(settings.shared, console, known)
     toolchain.quieten(target.device, console)
+    target.checkpoint.require_weights()
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
     weights_there = tensors.start_upload(target)
@@ -74,7 +77,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     def padded(prompt: list[int]) -> int:
         return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
 
-    codec = load_codec(target.checkpoint.folder)
+    codec = load_codec(target.checkpoint)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     new_tokens = settings.prompt.max_new_tokens
     slots = flags.slots_for(max(map(padded, prompts)) + new_tokens)

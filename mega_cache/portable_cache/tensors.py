@@ -12,7 +12,7 @@ from common.model.target import Target
 
 def start_upload(target: Target) -> Callable[[], dict[str, torch.Tensor]]:
     """Start to bring the weights to the device; the function returned waits for them, by name."""
-    stored = weights.list_checkpoint(target.checkpoint.folder)
+    stored = target.checkpoint.stored
     if target.device != "cuda":
         host = weights.start_upload(stored, target.device, target.dtype).tensors
         return lambda: {name: _view(one.owner, one) for name, one in host.items()}

@@ -2,15 +2,14 @@
 
 import hashlib
 import platform
-from pathlib import Path
 from typing import Any
 
 from aotinductor.flags import BuildSettings
 from aotinductor.lengths import make_bounds
 from common import machine
 from common.artifact.manifest import Difference, Manifest, differences
+from common.model.checkpoint import Checkpoint
 from common.model.target import Target
-from common.model.weights import list_checkpoint
 
 COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
 _SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
@@ -21,7 +20,7 @@ def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
     return {
         **machine_of(target.device),
         **make_bounds(settings.shape).as_json(),
-        "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
+        "weights_fingerprint": weights_fingerprint(target.checkpoint),
         "layer_digest": target.checkpoint.layer_digest,
         **vars(settings.graph),
         "max_cache_len": settings.slots,
@@ -44,7 +43,7 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
     # a package of code only is bound to whatever weights of its architecture are there
     if built.get("embed_weights"):
         # a folder may hold configuration and tokenizer only
-        found = weights_fingerprint(target.checkpoint.folder)
+        found = weights_fingerprint(target.checkpoint)
         here["weights_fingerprint"] = found or built.get("weights_fingerprint")
     model = target.describe_model()
     if built.get("kv_cache"):  # one layer, compiled once, serves any depth
@@ -65,18 +64,16 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
     )
 
 
-def weights_fingerprint(folder: Path) -> str | None:
+def weights_fingerprint(checkpoint: Checkpoint) -> str | None:
     """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
 
     Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
     with the weights in the package. It is the same however the tensors are cut into files.
     """
-    try:
-        tensors = list_checkpoint(folder)
-    except FileNotFoundError:
+    if not checkpoint.stored:
         return None
     digest = hashlib.sha256()
-    for name, stored in sorted(tensors.items()):
+    for name, stored in sorted(checkpoint.stored.items()):
         with open(stored.path, "rb") as file:
             file.seek(stored.begin)
             sample = file.read(min(_SAMPLE_BYTES, stored.nbytes))

@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from common.model.target import choose_target
-    from common.model.weights import list_checkpoint, start_upload
+    from common.model.weights import start_upload
 
     stages.close("imports")
     target = choose_target(shared, console)
     torch.empty(1, device=target.device)  # opens the device: CUDA makes its context here
     _synchronize(target.device)
     stages.close("device")
-    stored = list_checkpoint(target.checkpoint.folder)
+    stored = target.checkpoint.stored
     if target.device == "cuda":
         start_upload(stored, target.device).wait()
     else:

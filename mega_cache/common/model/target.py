@@ -28,11 +28,14 @@ class Target:
 def choose_target(
     flags: SharedFlags, console: Console, known: dict[str, Any] | None = None
 ) -> Target:
-    """Return what the flags name; from here on the GPU, if it is one, is in use."""
+    """Return what the flags name; from here on the GPU, if it is one, is in use.
+
+    `known` is what an artifact's metadata says of its checkpoint: `resolve_checkpoint`.
+    """
     device = choose_device(flags.device)
     usual = "bfloat16" if device == "cuda" else "float32"
     dtype = usual if flags.dtype == "auto" else flags.dtype
-    return Target(resolve_checkpoint(flags.model_id, console), device, dtype)
+    return Target(resolve_checkpoint(flags.model_id, console, known), device, dtype)
 
 
 def choose_device(wanted: str) -> str:

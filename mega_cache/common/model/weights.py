@@ -5,14 +5,13 @@ file that holds them as they are. What comes of it is a `Tensor`, a place in mem
 the mapped file; on a GPU threads carry it there through page-locked memory, while the caller works
 with tensors that have their places:
 
-    upload = start_upload(list_checkpoint(folder), "cuda", "bfloat16")
+    upload = start_upload(list_stored(folder), "cuda", "bfloat16")
     ...                      # upload.tensors can be bound, also captured, but not yet believed
     tensors = upload.wait()  # name -> tensor
 
 Neither torch nor transformers is imported here.
 """
 
-import json
 import math
 import mmap
 import os
@@ -27,11 +26,8 @@ from typing import Any
 import numpy as np
 
 from common import cuda
+from common.model.stored import Stored, item_bytes
 
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Where a tensor begins on the device, as CUDA's allocator has it; generated kernels assume 16.
@@ -42,32 +38,9 @@ _READERS = 8
 _STAGING_BYTES = 8 << 20
 
 
-def item_bytes(dtype: str) -> int:
-    return numpy_dtype(dtype).itemsize
-
-
 def numpy_dtype(dtype: str) -> np.dtype:
     """Return how numpy holds values of this dtype: bfloat16, which it lacks, as their 16 bits."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a file: its bytes begin at offset `begin` of `path`."""
-
-    name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * item_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,49 +55,6 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * item_bytes(self.dtype)
-
-
-def list_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Return the folder's tensors by name, from model.safetensors or the shards of its index."""
-    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / shards[0]).exists():
-        if not index.exists():
-            raise FileNotFoundError(f"no {shards[0]} or {index.name} in {folder}")
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {stored.name: stored for name in shards for stored in read_header(folder / name)}
-
-
-def read_header(path: Path, begin: int = 0) -> list[Stored]:
-    """Return what a safetensors file holds, or a part of a file from offset `begin` on.
-
-    https://huggingface.co/docs/safetensors: 8 bytes little-endian header length, a JSON header
-    {name: {dtype, shape, data_offsets}}, then the tensors' bytes. The safetensors package does not
-    tell the offsets, which staging needs. Raises ValueError if it is cut off or not one.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(begin)
-        length = int.from_bytes(file.read(8), "little")
-        data = begin + 8 + length
-        if data > size:
-            raise ValueError(f"{path} is cut off or no safetensors file: download it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    stored = []
-    for name, entry in header.items():
-        first, end = (data + offset for offset in entry["data_offsets"])
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{path} holds {name} as {entry['dtype']}, which nothing here computes"
-            )
-        tensor = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), first)
-        if end > size or end - first != tensor.nbytes:
-            raise ValueError(f"{path} is cut off or damaged at {name}: download it again")
-        stored.append(tensor)
-    return stored
 
 
 def target_dtype(one: Stored, dtype: str | None) -> str:

@@ -10,6 +10,7 @@ from aotinductor.build.runtime_compile import compile_package, open_compiled
 from aotinductor.build.verify import verify_package
 from aotinductor.flags import APPROACH, BuildSettings
 from aotinductor.lengths import Plan, make_bounds
+from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import make_recipe
 from aotinductor.start.loading import Wish
 from common import machine
@@ -18,7 +19,6 @@ from common.artifact.disk import TrustFlags
 from common.cli import Console
 from common.compiler import toolchain
 from common.measure.measures import Stages, process_start
-from common.model import weights
 from common.model.eager import load_model
 from common.model.target import choose_target
 
@@ -31,10 +31,12 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
+    target.checkpoint.require_weights()
+    refuse_unsupported(target.checkpoint, settings.slots is not None)
     toolchain.quieten(target.device, console)
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
-    stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()
+    stored = target.checkpoint.stored.values() if embed else ()
     disk.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
     bounds, details = make_bounds(settings.shape), {}
 
@@ -55,7 +57,8 @@ def build(settings: BuildSettings, console: Console) -> dict:
             plan, wish = Plan(bounds), Wish(pair, TrustFlags())
             engine = open_compiled(path, found, wish, target, plan, embed)
             checks = verify_package(engine, model, plan)
-        details.update(found, verified=True, verification=checks)
+        checkpoint = target.checkpoint.resolved
+        details.update(found, verified=True, verification=checks, checkpoint=checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()

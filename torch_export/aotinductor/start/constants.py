@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
-from common.model.weights import Stored, Tensor, convert, numpy_dtype, target_dtype
+from common.model.stored import Stored
+from common.model.weights import Tensor, convert, numpy_dtype, target_dtype
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ def read_constants(details: dict[str, Any]) -> tuple[list[Constant], dict[str, n
 
 def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
     """Return where a package with embedded weights holds each constant."""
-    return {
-        row.name: Stored(row.name, path, row.dtype, tuple(row.shape), row.offset)
-        for row in constants
-    }
+    return {row.name: Stored(path, row.dtype, tuple(row.shape), row.offset) for row in constants}
 
 
 def find_in_checkpoint(

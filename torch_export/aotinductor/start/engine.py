@@ -9,7 +9,7 @@ from aotinductor.start.kv_engine import KvEngine
 from aotinductor.start.sampling import Sampler
 from common.errors import UsageError
 from common.model.target import Target
-from common.model.tokenizer import TextCodec
+from common.model.tokenizer import TextCodec, TextStream
 
 
 class Engine:

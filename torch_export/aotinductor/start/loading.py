@@ -30,8 +30,9 @@ from common.errors import (
     UsageError,
 )
 from common.model import weights
+from common.model.stored import Stored, read_header
 from common.model.target import Target
-from common.model.weights import Stored, Tensor, Upload
+from common.model.weights import Tensor, Upload
 
 RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
@@ -108,7 +109,7 @@ def make_state(
 
 def read_embedding(target: Target) -> Embedding:
     """Return the input tokens' table of the target's checkpoint."""
-    table = weights.list_checkpoint(target.checkpoint.folder)[EMBEDDING]
+    table = target.checkpoint.stored[EMBEDDING]
     return Embedding(weights.map_tensor(table), table.dtype, target.dtype)
 
 
@@ -226,12 +227,9 @@ class _Assembly:
         """Return where each tensor lies: in the package, or in the checkpoint."""
         if self.package.has(WEIGHTS):
             begin = self.package.offset_of(WEIGHTS)
-            return {one.name: one for one in weights.read_header(self.source.path, begin)}
-        folder = self.target.checkpoint.folder
-        try:
-            return weights.list_checkpoint(folder)
-        except (ValueError, FileNotFoundError) as error:
-            raise ArtifactMismatchError(f"{folder}: {error}") from error
+            return read_header(self.source.path, begin)
+        self.target.checkpoint.require_weights()
+        return self.target.checkpoint.stored
 
     def _open(self, programs: list[str]):
         """Open the libraries and the programs; return those, and where their kernels lie."""

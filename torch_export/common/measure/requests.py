@@ -1,9 +1,9 @@
 """Serving the requests of a run: timed, streamed, and told as the run's result."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from common import cuda
@@ -12,9 +12,9 @@ from common.compiler.counts import Watch, read_counts
 from common.machine import environment
 from common.measure import measures
 from common.measure.report import SCHEMA, markdown_table, number
+from common.model.stored import item_bytes
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, text_printer
-from common.model.weights import item_bytes, list_checkpoint
 
 # (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
 # each one as it reaches the host
@@ -126,18 +126,14 @@ def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dic
 
     That is every weight once, except the embedding table, of which one row is looked up (a tied
     one is read whole as the output layer), and K and V of the slots that are filled on average:
-    the prompt's and half of the new tokens', but neither masked ones nor padding. The bytes are
-    None where the folder holds the configuration only, because the artifact brings the weights.
+    the prompt's and half of the new tokens', but neither masked ones nor padding.
     """
-    checkpoint, needed = target.checkpoint, None
-    with suppress(FileNotFoundError):
-        stored = list_checkpoint(checkpoint.folder)
-        tied = checkpoint.config.get("tie_word_embeddings", False)
-        unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
-        weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
-        slot = checkpoint.config["num_hidden_layers"] * checkpoint.kv_heads * checkpoint.head_dim
-        slots = prompt_tokens + requests[0].new_tokens / 2
-        needed = (weights + slots * 2 * slot) * item_bytes(target.dtype)
+    checkpoint = target.checkpoint
+    unread = () if checkpoint.tied else ("embed_tokens.weight",)
+    read = [shape for name, shape in checkpoint.parameters.items() if not name.endswith(unread)]
+    slot = checkpoint.layers * checkpoint.kv_heads * checkpoint.head_dim
+    slots = prompt_tokens + requests[0].new_tokens / 2
+    needed = (sum(map(math.prod, read)) + slots * 2 * slot) * item_bytes(target.dtype)
     seconds = measures.decode_seconds_per_token(requests)
     rate = measures.quotient(needed, seconds)
     peak = cuda.describe().bytes_per_second if target.device == "cuda" else None
