@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
+from aotinductor.start.memory import GpuMemory, HostMemory
 from common.model.stored import Stored
-from common.model.weights import Tensor, convert, numpy_dtype, target_dtype
+from common.model.weights import Tensor, convert, target_dtype
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,17 @@ class Constant:
     offset: int | None = None
 
 
-def read_constants(details: dict[str, Any]) -> tuple[list[Constant], dict[str, np.ndarray]]:
-    """Return the constants that lie elsewhere, and, as arrays, those that the metadata holds."""
+def read_constants(
+    details: dict[str, Any], memory: HostMemory | GpuMemory
+) -> tuple[list[Constant], dict[str, Tensor]]:
+    """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
     rows = [Constant(**fields) for fields in details["constants"]]
     values = {}
     for row in rows:
         if row.values is not None:
             array = np.array(row.values, np.float64).reshape(row.shape)
-            # bfloat16 has no numpy dtype to go to directly
-            narrow = array.astype(np.float32) if row.dtype == "bfloat16" else array
-            values[row.name] = convert(narrow, str(narrow.dtype), row.dtype)
-            assert values[row.name].dtype == numpy_dtype(row.dtype)
+            values[row.name] = memory.zeros(array.shape, row.dtype)
+            memory.write(values[row.name], convert(array, "float64", row.dtype))
     return [row for row in rows if row.name not in values], values
 
 

@@ -32,7 +32,7 @@ from common.errors import (
 from common.model import weights
 from common.model.stored import Stored, read_header
 from common.model.target import Target
-from common.model.weights import Tensor, Upload
+from common.model.weights import Upload
 
 RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
@@ -198,7 +198,9 @@ class _Assembly:
 
     def base_engine(self, details: dict[str, Any]) -> BaseEngine:
         device, dtype = self.target.device, self.target.dtype
-        rows, values = constants.read_constants(details)
+        longest, vocab = self.plan.bounds.max_seq_len, details["vocab_size"]
+        memory = make_memory(device, max(8 * longest, 4 * vocab))
+        rows, values = constants.read_constants(details, memory)
         if self.source.embedded:
             stored = constants.find_in_package(rows, self.source.path)
         else:
@@ -207,9 +209,7 @@ class _Assembly:
             except ValueError as error:
                 raise ArtifactMismatchError(f"{self.target.checkpoint.folder}: {error}") from error
         upload = weights.start_upload(stored, device, dtype)
-        longest, vocab = self.plan.bounds.max_seq_len, details["vocab_size"]
-        memory = make_memory(device, max(8 * longest, 4 * vocab))
-        tensors = upload.tensors | _place(values, rows, memory)
+        tensors = upload.tensors | values
         opened, kernels = self._open(details["graphs"])
         (program,) = opened.values()
         steps, interface = self._libraries
@@ -259,16 +259,6 @@ class _Assembly:
         if kernels:
             kernels.cleanup()  # all of them have been loaded
         return engine
-
-
-def _place(values, rows, memory: HostMemory | GpuMemory) -> dict[str, Tensor]:
-    """Return the constants that the metadata holds, on the device."""
-    dtypes = {row.name: row.dtype for row in rows}
-    placed = {}
-    for name, array in values.items():
-        placed[name] = memory.zeros(array.shape, dtypes[name])
-        memory.write(placed[name], array)
-    return placed
 
 
 def require_gpu_for_graph(wanted: bool | None, device: str, slots: int | None) -> None:
