@@ -8,7 +8,8 @@ from pathlib import Path
 
 from aotinductor.flags import APPROACH, BuildSettings
 from aotinductor.lengths import make_bounds
-from aotinductor.recipe import make_recipe
+from aotinductor.models import refuse_unsupported
+from aotinductor.recipe import files_identity, make_recipe
 from aotinductor.runtime_compile import make_package
 from aotinductor.verify import verify_package
 from common.artifact import disk, manifest
@@ -28,6 +29,8 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
+    target.checkpoint.require_weights()
+    refuse_unsupported(target.checkpoint, settings.graph.kv_cache)
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
     stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()
@@ -49,8 +52,9 @@ def build(settings: BuildSettings, console: Console) -> dict:
             engine, found = make_package(model, bounds, settings.slots, path, *how)
         with shown("verify"):
             checks = verify_package(engine, model, bounds)
-        checkpoint = target.checkpoint.resolved
-        details.update(found, verified=True, verification=checks, checkpoint=checkpoint)
+        details.update(found, verified=True, verification=checks)
+        details["checkpoint"] = target.checkpoint.resolved
+        details["weights_files"] = files_identity(target.checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()

@@ -85,10 +85,12 @@ def _load(
         upload = weights.start_upload(package.find_in_package(constants, path), device)
     else:
         folder = target.checkpoint.folder
-        # only a build that converted the weights asks for a conversion again
-        dtype = target.dtype if manifest.recipe["cast_weights"] else None
+        dtype = target.dtype  # a fine-tune may be stored in another one
+        target.checkpoint.require_weights()
         try:
             stored = weights.list_checkpoint(folder)
+            # transformers reads none of what it ties
+            stored = {n: one for n, one in stored.items() if n not in target.checkpoint.aliases}
             stored = package.find_in_checkpoint(constants, stored, dtype)
         except (ValueError, FileNotFoundError) as error:
             raise errors.ArtifactMismatchError(f"{folder}: {error}") from error

@@ -10,6 +10,7 @@ from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
 from aotinductor.kv_generation import Sampler
 from aotinductor.lengths import Plan, find_plan
 from aotinductor.loading import load_package
+from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import find_differences
 from common import errors
 from common.artifact import manifest, store
@@ -28,6 +29,8 @@ def run(settings: RunSettings, console: Console) -> dict:
     settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
     target = choose_target(plan.fill_in(settings.shared), console, plan.checkpoint)
+    if settings.mode != "eager":
+        refuse_unsupported(target.checkpoint, plan.slots is not None)
     cuda_graph = wants_cuda_graph(settings, target, plan)
     if settings.sampling.temperature and settings.mode != "eager" and plan.slots is None:
         raise errors.UsageError(

@@ -12,6 +12,7 @@ from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH, RunSettings
 from aotinductor.lengths import Bounds, find_plan
 from aotinductor.loading import Engine, load_package
+from aotinductor.models import refuse_unsupported
 from aotinductor.serving import wants_cuda_graph, with_fetched_package
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
@@ -102,6 +103,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     settings = with_fetched_package(settings, console)
     plan = find_plan(settings)
     target = choose_target(plan.fill_in(settings.shared), console, plan.checkpoint)
+    refuse_unsupported(target.checkpoint, plan.slots is not None)
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     for length in lengths:
         plan.check_request(length, steps, bucket_pad=False)

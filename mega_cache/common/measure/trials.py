@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import INTERRUPTED
+from common.errors import INTERRUPTED, EnvironmentProblemError
 from common.measure.measures import START_VARIABLE
 
 TIMEOUT_SECONDS = 3600.0
@@ -46,22 +46,27 @@ def private_compiler_caches() -> Iterator[None]:
     in the environment is kept.
     """
     # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
-    with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="llama-compile-", ignore_cleanup_errors=True, dir=_place_for_compilers()
+    ) as folder:
         places = _places(folder)
-        added = {name: places[name] for name in places.keys() - os.environ.keys()}
-        os.environ.update(added)
+        before = {name: os.environ.get(name) for name in places}
+        unfit = {name for name, place in before.items() if place is None or _cut_in_two(place)}
+        os.environ.update({name: places[name] for name in unfit})
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
-            for name in added:
+            for name in unfit:
                 os.environ.pop(name, None)
+                if (place := before[name]) is not None:
+                    os.environ[name] = place
             tempfile.tempdir = None
 
 
 def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     """Run a script in a fresh process, with all its temporary files in one folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llama-trial-", dir=_place_for_compilers()) as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
         start = time.monotonic()
         with log.open("wb") as stderr:
@@ -82,6 +87,22 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
         elif process.returncode or document is None:
             error = _describe_end(process.returncode, peak_bytes, log.read_text("utf-8", "replace"))
         return Outcome(wall_seconds, peak_bytes, document, error)
+
+
+def _place_for_compilers() -> str:
+    """Return the folder for temporary files, or another one if that has a space in its name."""
+    usual = tempfile.gettempdir()
+    for place in (usual, "/tmp", "/var/tmp"):
+        if not _cut_in_two(place) and os.access(place, os.W_OK):
+            return place
+    raise EnvironmentProblemError(
+        f"TMPDIR {usual!r} has a space in it, where compilers' command lines would be cut: set it "
+        "to a folder without"
+    )
+
+
+def _cut_in_two(place: str) -> bool:
+    return any(character.isspace() for character in place)
 
 
 def _places(folder: str) -> dict[str, str]:

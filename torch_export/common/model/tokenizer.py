@@ -241,15 +241,9 @@ def text_printer(codec: TextCodec) -> Callable[[int | None], None]:
     def show(token_id: int | None) -> None:
         text = stream.end() + "\n" if token_id is None else stream.add(token_id)
         if text:
-            print(printable(text), end="", flush=True)
+            print(text, end="", flush=True)
 
     return show
-
-
-def printable(text: str) -> str:
-    """Return text with escapes for what stdout cannot encode, as an ASCII terminal."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _clean(text: str) -> str:
