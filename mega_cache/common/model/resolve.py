@@ -311,10 +311,16 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _changes(stored, backend) -> dict[str, Any]:
-    """Return the sections of tokenizer.json that transformers has otherwise, as it has them."""
+    """Return the sections of tokenizer.json that transformers has otherwise, as it has them.
+
+    Of the model, which holds the vocabulary, only those of its fields.
+    """
     theirs, own = (json.loads(one.to_str()) for one in (backend, stored))
-    sections = (*_TOKENIZER_PARTS, "model")
-    return {name: theirs[name] for name in sections if theirs[name] != own[name]}
+    changes = {name: theirs[name] for name in _TOKENIZER_PARTS if theirs[name] != own[name]}
+    model, was = theirs["model"], own["model"]
+    if model != was:
+        changes["model"] = {k: v for k, v in model.items() if k not in was or v != was[k]}
+    return changes
 
 
 def _cleans_up(tokenizer) -> bool:

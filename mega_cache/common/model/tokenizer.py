@@ -188,7 +188,9 @@ def load_codec(checkpoint: Checkpoint) -> TextCodec:
             for name in parts:
                 setattr(tokenizer, name, getattr(donor, name))
         else:
-            sections = json.loads(path.read_bytes()) | changes
+            sections = json.loads(path.read_bytes())
+            model = sections["model"] | changes.get("model", {})
+            sections = sections | changes | {"model": model}
             tokenizer = Tokenizer.from_str(json.dumps(sections))
     except Exception as error:  # tokenizers raises nothing more special
         raise UsageError(f"{path} is damaged ({error}): download it again") from error
