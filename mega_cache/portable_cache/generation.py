@@ -33,7 +33,7 @@ def make_model(
     config = read_config(target.checkpoint.folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=target.dtype, attn_implementation=attention_name
+            config, dtype=getattr(torch, target.dtype), attn_implementation=attention_name
         )
     model.load_state_dict(tensors, strict=False, assign=True)
     if target.checkpoint.tied:

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from triton.runtime import interpreter
 
-from aotinductor import decode_kernel
+from aotinductor.build import decode_kernel
+from aotinductor.build.layer_graphs import plain_attention
 from aotinductor.kv_generation import rope_table
-from aotinductor.kv_graphs import plain_attention
 
 # around the kernel's block of 32 slots; splits are empty, partly full or several blocks long
 POSITIONS = (0, 1, 31, 32, 33, 130, 517, 1023)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aotinductor import kv_graphs
-from aotinductor.compile_package import compile_package
+from aotinductor.build import layer_graphs
+from aotinductor.build.compile_package import compile_package
 from aotinductor.flags import ShapeFlags
 from aotinductor.kv_generation import CacheShape, Generator
 from aotinductor.lengths import make_bounds
@@ -53,12 +53,12 @@ class Uncompiled:
 
 
 def make_generator(model, prefill, decode) -> Generator:
-    details = kv_graphs.describe_state(model, CacheShape.of(model.config, SLOTS))
+    details = layer_graphs.describe_state(model, CacheShape.of(model.config, SLOTS))
     return make_engine([prefill, decode], details, model.dtype, model.device)
 
 
 def uncompiled_generator(model) -> Generator:
-    graphs = (kv_graphs.PrefillGraph(model), kv_graphs.DecodeGraph(model))
+    graphs = (layer_graphs.PrefillGraph(model), layer_graphs.DecodeGraph(model))
     return make_generator(model, *map(Uncompiled, graphs))
 
 
@@ -99,12 +99,12 @@ def test_any_llama_gives_eagers_tokens(changes):
     assert_tokens_equal_eager(uncompiled_generator(model), model)
 
 
-@pytest.mark.parametrize("rope_type", kv_graphs.LENGTH_DEPENDENT_ROPE)
+@pytest.mark.parametrize("rope_type", layer_graphs.LENGTH_DEPENDENT_ROPE)
 def test_rope_that_depends_on_the_length_is_refused(rope_type):
     model = make_model()
     model.model.rotary_emb.rope_type = rope_type
     with pytest.raises(UsageError, match="build without --kv-cache"):
-        kv_graphs.PrefillGraph(model)
+        layer_graphs.PrefillGraph(model)
 
 
 def test_reset_forgets_what_absent_weights_left_behind():
@@ -148,14 +148,14 @@ def test_decode_is_given_the_blocks_in_use_alone():
 
 @pytest.mark.parametrize("vocab", (512, 300, 32001))
 def test_of_equal_logits_the_first_one_wins_as_in_eager(vocab):
-    compiled = torch.compile(kv_graphs.first_argmax, dynamic=False)
+    compiled = torch.compile(layer_graphs.first_argmax, dynamic=False)
     logits = torch.zeros(4, 1, vocab)
     logits[1, 0, [7, 8, vocab - 1]] = 1
     logits[2, 0, [vocab // 2, vocab - 2]] = 1
     logits[3] = float("-inf")
     logits[3, 0, vocab - 1] = -3
     for row in logits:
-        assert kv_graphs.first_argmax(row).tolist() == [[int(row.argmax())]]
+        assert layer_graphs.first_argmax(row).tolist() == [[int(row.argmax())]]
         assert compiled(row).tolist() == [[int(row.argmax())]]
 
 
@@ -193,7 +193,7 @@ def sources(biased, package):
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a machine of one core
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_graphs, "ONE_THREAD_BYTES", 0)  # as a large model is compiled
+        patch.setattr(layer_graphs, "ONE_THREAD_BYTES", 0)  # as a large model is compiled
         generated = compile_graphs(biased, package)
     torch.set_num_threads(before)
     return generated
@@ -209,9 +209,9 @@ def test_compiled_graphs_with_biases_give_eagers_tokens(biased, package, sources
 
 def test_decode_of_a_small_model_on_a_cpu_is_one_threads_work(monkeypatch):
     model = make_model()
-    assert kv_graphs.decode_options(model) == {"cpp.dynamic_threads": False, "cpp.threads": 1}
-    monkeypatch.setattr(kv_graphs, "ONE_THREAD_BYTES", 0)
-    assert kv_graphs.decode_options(model) == {}
+    assert layer_graphs.decode_options(model) == {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    monkeypatch.setattr(layer_graphs, "ONE_THREAD_BYTES", 0)
+    assert layer_graphs.decode_options(model) == {}
 
 
 def largest_allocation(source: str, symbol_value: int) -> int:

@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 # raised when an answer has other fields or another meaning
-RESOLVER = 1
+RESOLVER = 2
 # what shapes no graph and no token, of any family's configuration
 _NOISE = _words("""
     architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
@@ -228,12 +228,11 @@ def _parameters(model) -> dict[str, Any]:
         return sorted({p for a in attributes for p in (getattr(model, a, None) or ())})
 
     optional = patterns("_keys_to_ignore_on_load_missing")
+    names = sorted(kept - tied.keys())
+    required = [name for name in names if not _matches(optional, name)]
     return {
-        "parameters": {
-            name: "x".join(map(str, shapes[name]))
-            for name in sorted(kept - tied.keys())
-            if not _matches(optional, name)
-        },
+        "parameters": {name: "x".join(map(str, shapes[name])) for name in required},
+        "optional": [name for name in names if _matches(optional, name)],
         "tied": tied,
         # transformers 5 leaves two tensors apart whose values in the file differ, 4 ties whatever
         "ties_equal_only": int(version("transformers").partition(".")[0]) >= 5,

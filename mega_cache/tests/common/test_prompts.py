@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from common.cli import Console, PromptFlags
 from common.errors import UsageError
@@ -154,7 +153,7 @@ def test_the_same_prompt_is_shown_once_unless_all_are_asked_for(
         return prompt
 
     settings = Settings(PromptFlags(show_completions=show_completions))
-    target = Target(tiny, torch.device("cpu"), torch.float32)
+    target = Target(tiny, "cpu", "float32")
     prompts = [codec.encode("ab")] * 3
     stages, quiet = Stages(process_start()), Console(quiet=True)
     document = serve_requests(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.artifact.manifest import REHEARSAL_VARIABLE
+from common.machine import REHEARSAL_VARIABLE
 from common.measure import report
 from common.measure.measures import (
     MEASURES,

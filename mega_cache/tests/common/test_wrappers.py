@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import FOLDER
 
-from common.measure.trials import private_compiler_caches
+from common.compiler.caches import private_compiler_caches
 
 
 def call(path, cwd, **environment):

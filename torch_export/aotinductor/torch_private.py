@@ -1,0 +1,95 @@
+"""Every private name of torch that this folder touches, what for, and what would end the need.
+
+Read in torch 2.9.1 and 2.14.1. A name that a stack doesn't have ends in one line that says so
+(EnvironmentProblemError), as does one that takes other arguments.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from common.errors import EnvironmentProblemError
+
+
+def find(module: str, name: str) -> Any:
+    """Return a private name of torch, or raise EnvironmentProblemError naming what is gone."""
+    try:
+        found = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        raise EnvironmentProblemError(
+            f"{module}.{name} is not in torch {torch.__version__}: this needs a stack that the "
+            "README names"
+        ) from None
+    return found
+
+
+def aot_compile(program: torch.export.ExportedProgram, options: Mapping[str, object]) -> list[str]:
+    """Return the files of one program, compiled ahead of time: its library is the one `.so`.
+
+    `aoti_compile_and_package`, the public name, takes one program a file and writes torch's own
+    layout, weights and metadata of its own.
+    """
+    compiled = find("torch._inductor", "aot_compile")
+    args, kwargs = program.example_inputs
+    # the module's own guards are Python checks, which a compiled program does not run anyway
+    module = program.module(check_guards=False)
+    files = compiled(module, args, kwargs, options={"aot_inductor.package": True, **options})
+    return [str(file) for file in files]
+
+
+def package_aoti(path: Path, files: Mapping[str, list[str]]) -> None:
+    """Write a `.pt2` that torch's plain loader opens, of several compiled programs.
+
+    What `aoti_compile_and_package` calls for one program; it takes only one.
+    """
+    find("torch._inductor.package", "package_aoti")(str(path), dict(files))
+
+
+def record_offset(path: Path, record: str) -> int:
+    """Return where a record of a `.pt2` begins in the file."""
+    return find("torch._C", "PyTorchFileReader")(str(path)).get_record_offset(record)
+
+
+def open_library(path: Path, device: torch.device) -> Callable[[list[torch.Tensor]], list]:
+    """Return a compiled program's library as a function. Public: packages alone can be opened."""
+    if device.type == "cuda":
+        runner = find("torch._C", "_aoti.AOTIModelContainerRunnerCuda")
+        return runner(str(path), 1, str(device), str(path.parent)).run
+    return find("torch._C", "_aoti.AOTIModelContainerRunnerCpu")(str(path), 1).run
+
+
+@contextmanager
+def inductor_settings(options: Mapping[str, object]) -> Iterator[None]:
+    """While inside, Inductor's settings are these, in their documented place.
+
+    For what applies to every graph, autotuning's own included; `options` of a call do not.
+    """
+    with find("torch._inductor.config", "patch")(dict(options)):
+        yield
+
+
+@contextmanager
+def host_code_for(level: str) -> Iterator[None]:
+    """While inside, C++ is compiled for this level of processors, not for this machine's own.
+
+    `cpp.march` is a setting from torch 2.13 on; before, the flag is a literal in a function.
+    """
+    if hasattr(find("torch._inductor.config", "cpp"), "march"):
+        with inductor_settings({"cpp.march": level}):
+            yield
+        return
+    stock = find("torch._inductor.cpp_builder", "_get_optimization_cflags")
+
+    def for_level(*args, **kwargs):
+        cflags, ldflags = stock(*args, **kwargs)
+        return [flag.replace("march=native", f"march={level}") for flag in cflags], ldflags
+
+    with patch("torch._inductor.cpp_builder._get_optimization_cflags", for_level):
+        yield
