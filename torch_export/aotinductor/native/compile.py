@@ -30,9 +30,9 @@ def compile_native(folder: Path, device: str) -> dict[str, Path]:
 
 
 def compile_steps(folder: Path) -> Path:
-    """Compile what makes a step's calls, and binds constants, into `folder`; return its path."""
+    """Compile what every start calls, a step's calls first of all, into `folder`."""
     library = folder / STEPS
-    _compile(("steps.cpp",), library)
+    _compile(("steps.cpp", "inputs.cpp"), library)
     return library
 
 
