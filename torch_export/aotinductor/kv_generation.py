@@ -17,7 +17,7 @@ LAG = 2
 
 
 def rope_table(
-    inv_freq: list, attention_scaling: float, slots: int, dtype: torch.dtype, device: torch.device
+    inv_freq: list, attention_scaling: float, slots: int, device: torch.device
 ) -> torch.Tensor:
     """Return (2, slots, head_dim): cosines and signed sines, as Hugging Face computes them.
 
@@ -26,7 +26,7 @@ def rope_table(
     positions = torch.arange(slots, dtype=torch.float32, device=device)
     angles = positions[:, None] * torch.tensor(inv_freq, dtype=torch.float32, device=device)
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 @dataclass(frozen=True)

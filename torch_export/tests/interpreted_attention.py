@@ -41,13 +41,13 @@ def measure(dtype: torch.dtype, head_dim: int, group: int, position: int) -> dic
     q, k, v = random(group * width), random(width), random(width)
     before = [random(SLOTS, width), random(SLOTS, width)]
     frequencies = torch.logspace(0, -4, head_dim // 2).tolist()
-    rope = rope_table(frequencies, 1.0, SLOTS, dtype, torch.device("cpu"))
+    rope = rope_table(frequencies, 1.0, SLOTS, torch.device("cpu"))
     place = torch.tensor([position])
 
     expected_tables = [table.float() for table in before]
     row = [tensor.float() for tensor in (q, k, v)]
     scale = head_dim**-0.5
-    expected = plain_attention(*row, *expected_tables, place, rope.float(), scale)
+    expected = plain_attention(*row, *expected_tables, place, rope, scale)
 
     tables = [table.clone() for table in before]
     for table in tables:

@@ -197,16 +197,19 @@ class DecodeHead(Program):
         super().__init__(kind, weights)
 
     def run(self, given: Tensors) -> None:
-        self.choose(given["row"], given)
-        given["position"].add_(1)
+        token = self.choose(given["row"], given)
+        # always 1; said of the token, it needs no launch beside the one that writes the token
+        given["position"].add_((token[0] >= 0).long())
 
-    def choose(self, row: Tensor, given: Tensors) -> None:
+    def choose(self, row: Tensor, given: Tensors) -> Tensor:
+        """Write what all heads write, and return the token."""
         (logits,) = products(row, given, ["head"], self.kind, "norm")
         logits = materialized(logits)[None]
         given["logits"].copy_(logits)
         token = first_argmax(logits)
         given["token"].copy_(token)
         given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
+        return token
 
 
 class PrefillHead(DecodeHead):

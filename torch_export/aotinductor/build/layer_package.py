@@ -29,10 +29,9 @@ from aotinductor.build.layer_graphs import (
     export_program,
     make_programs,
     state_dtypes,
-    state_shapes,
 )  # fmt: skip
 from aotinductor.build.symbols import called_symbols, missing_symbols
-from aotinductor.build.torch_steps import Run, TorchSteps
+from aotinductor.build.torch_steps import Run, make_steps
 from aotinductor.cache import CacheShape
 from aotinductor.kv_generation import Generator, rope_table
 from aotinductor.lengths import Bounds
@@ -203,19 +202,10 @@ def list_embedded(path: Path) -> dict[str, weights.Stored]:
     }
 
 
-def make_engine(programs: Mapping[str, Run], details: dict, tensors: dict, device) -> Generator:
+def make_engine(
+    programs: Mapping[str, Run], details: dict, tensors: Mapping[str, Tensor], device: torch.device
+) -> Generator:
     """Return what generates with these programs and weights."""
     cache = CacheShape(**details["cache"])
-    dtypes = {name: getattr(torch, one) for name, one in details["dtypes"].items()}
-    shapes = state_shapes(
-        cache, details["hidden_size"], details["vocab_size"], cache.slots, cache.rows
-    )
-    state = {n: torch.zeros(shapes[n], dtype=dtypes[n], device=device) for n in dtypes}
-    state["rope"] = rope_table(
-        **details["rope"], slots=cache.slots, dtype=dtypes["rope"], device=device
-    )
-    tables, layer = [], 0
-    while any(name.startswith(f"model.layers.{layer}.") for name in tensors):
-        tables.append((torch.zeros_like(state["keys"]), torch.zeros_like(state["values"])))
-        layer += 1
-    return Generator(TorchSteps(programs, details["programs"], state, tables, tensors), cache)
+    rope = rope_table(**details["rope"], slots=cache.slots, device=device)
+    return Generator(make_steps(programs, details, rope, tensors), cache)
