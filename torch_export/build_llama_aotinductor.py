@@ -11,19 +11,20 @@ import shlex
 from collections.abc import Sequence
 
 from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
+from common import cuda, machine
 from common.artifact import disk, store
 from common.cli import Console, SharedFlags, config_of, parse_flags
-from common.compiler import toolchain
+from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
-from common.measure import trials
 from common.measure.report import markdown_table, write_json
 
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console, pair = Console(settings.shared.quiet, settings.shared.verbose), settings.files.pair()
-    toolchain.open_driver(settings.shared.device)
-    with trials.private_compiler_caches(), disk.building(pair, console):
+    machine.spin_less()  # before any library with threads is loaded
+    cuda.open_early(settings.shared.device != "cpu")
+    with private_compiler_caches(), disk.building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
         from aotinductor.build.building import build
 

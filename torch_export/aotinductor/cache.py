@@ -32,3 +32,19 @@ class CacheShape:
     def rows_in_use(self, length: int) -> int:
         """Rows of the blocks that hold the slots 0 to `length`."""
         return (length // BLOCK_ROWS + 1) * BLOCK_ROWS
+
+
+def state_shapes(
+    cache: CacheShape, hidden_size: int, vocab_size: int, padded: int, rows: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the state's tensors, the tables being those of one layer."""
+    return {
+        "row": (hidden_size,),
+        "hidden": (1, padded, hidden_size),
+        "token": (1, 1),
+        "position": (1,),
+        "rope": (2, cache.slots, cache.head_dim),
+        "keys": (rows, cache.width),
+        "values": (rows, cache.width),
+        "logits": (1, vocab_size),
+    }

@@ -17,12 +17,14 @@ from aotinductor import torch_private
 from aotinductor.build import layer_graphs, layer_package
 from aotinductor.build.compiler import compile_program, library_of
 from aotinductor.build.layer_graphs import export_program, make_programs
-from aotinductor.build.torch_steps import TorchSteps, make_steps
+from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
-from aotinductor.kv_generation import rope_table
 from aotinductor.lengths import make_bounds
+from aotinductor.start.kv_engine import Embedding, KvEngine, State, rope_table
+from aotinductor.start.memory import HostMemory
 from common.errors import UsageError
+from common.model.weights import numpy_dtype
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
 LENGTHS = (100, 1, 7, 63, 64, 65, 129)  # a long one first: what it leaves must not leak
@@ -50,45 +52,29 @@ def shape_of(model) -> CacheShape:
     return layer_package.cache_shape(model, SLOTS)
 
 
-def steps_of(model, programs: dict) -> TorchSteps:
-    """Return steps with these programs over the model's own weights."""
-    details = layer_package.describe_package(
-        model, shape_of(model), make_programs(model, shape_of(model))
-    )
-    rope = rope_table(**details["rope"], slots=SLOTS, device=model.device)
-    return make_steps(programs, details, rope, dict(model.named_parameters()))
+def engine_of(model, programs: dict) -> KvEngine:
+    """Return what generates with these programs over the model's own weights."""
+    cache, memory, config = shape_of(model), HostMemory(), model.config
+    details = layer_package.describe_package(model, cache, make_programs(model))
+    widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
+    state = State.make(memory, cache, *widths)
+    memory.write(state.rope, rope_table(**details["rope"], slots=SLOTS))
+    weights = dict(model.named_parameters())
+    steps = TorchSteps(programs, details["programs"], weights, state, memory)
+    dtype = str(model.dtype).removeprefix("torch.")
+    table = weights["model.embed_tokens.weight"].detach().view(torch.uint8).numpy()
+    embedding = Embedding(table.view(numpy_dtype(dtype)), dtype, dtype)
+    return KvEngine(steps, state, cache, memory, embedding)
 
 
-def uncompiled_steps(model) -> TorchSteps:
-    programs = make_programs(model, shape_of(model))
-    return steps_of(model, {name: lambda t, p=one: p(*t) for name, one in programs.items()})
+def uncompiled_engine(model) -> KvEngine:
+    programs = make_programs(model)
+    return engine_of(model, {name: lambda t, p=one: p(*t) for name, one in programs.items()})
 
 
 def make_prompt(length: int) -> list[int]:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
-
-
-@torch.no_grad()
-def generate(steps: TorchSteps, prompt: list[int], count: int) -> list[int]:
-    """Return greedy tokens, and check that the position counts them."""
-    state, cache = steps.state, shape_of_steps(steps)
-    state["hidden"][0, : len(prompt)] = steps.weights["model.embed_tokens.weight"][prompt]
-    state["position"].fill_(len(prompt))
-    steps.prefill(BOUNDS.padded(len(prompt)))
-    tokens = [int(state["token"])]
-    while len(tokens) < count:
-        length = len(prompt) + len(tokens) - 1
-        assert int(state["position"]) == length
-        steps.decode(cache.rows_in_use(length))
-        assert int(state["logits"].argmax()) == int(state["token"])
-        tokens.append(int(state["token"]))
-    return tokens
-
-
-def shape_of_steps(steps: TorchSteps) -> CacheShape:
-    _, slots, head_dim = steps.state["rope"].shape
-    return CacheShape(slots, steps.tables[0][0].shape[1] // head_dim, head_dim)
 
 
 def eager_tokens(model, prompt: list[int], count: int) -> list[int]:
@@ -99,10 +85,11 @@ def eager_tokens(model, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def assert_tokens_equal_eager(steps: TorchSteps, model) -> None:
+def assert_tokens_equal_eager(engine: KvEngine, model) -> None:
     for length in LENGTHS:
         prompt = make_prompt(length)
-        assert generate(steps, prompt, 24) == eager_tokens(model, prompt, 24)
+        found = list(engine.tokens(prompt, BOUNDS.padded(length), 24))
+        assert found == eager_tokens(model, prompt, 24)
 
 
 KINDS = {
@@ -122,7 +109,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_kind_of_layer_gives_eagers_tokens(kind):
     model = make_model(**KINDS[kind])
-    assert_tokens_equal_eager(uncompiled_steps(model), model)
+    assert_tokens_equal_eager(uncompiled_engine(model), model)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -131,30 +118,16 @@ def test_half_precision_is_as_near_to_float32_as_eager_is(kind, dtype):
     exact = make_model(**KINDS[kind])
     model = copy.deepcopy(exact).to(dtype)
     exact = copy.deepcopy(model).float()  # of the rounded weights
-    steps, prompt = uncompiled_steps(model), make_prompt(65)
-    generate(steps, prompt, 2)
-    ids = torch.tensor([[*prompt, eager_tokens(exact, prompt, 1)[0]]])
+    engine, prompt = uncompiled_engine(model), make_prompt(65)
+    engine.prefill(prompt, BOUNDS.padded(65))
+    engine.force(7)
+    engine.decode()
+    ids = torch.tensor([[*prompt, 7]])
     with torch.no_grad():
         expected, eager = (one(ids).logits[0, -1].float() for one in (exact, model))
     spread = expected.std()
-    found = (steps.state["logits"][0] - expected).abs().max() / spread
+    found = (torch.from_numpy(engine.read_logits()) - expected).abs().max() / spread
     assert found <= 1.5 * (eager - expected).abs().max() / spread + 0.01
-
-
-@pytest.mark.parametrize("rope_type", layer_graphs.LENGTH_DEPENDENT_ROPE)
-def test_rope_that_depends_on_the_length_is_refused(rope_type):
-    model = make_model()
-    model.model.rotary_emb.rope_type = rope_type
-    with pytest.raises(UsageError, match=f"{rope_type}.*build without --kv-cache"):
-        make_programs(model, shape_of(model))
-
-
-def test_a_window_shorter_than_the_cache_is_refused_and_a_longer_one_is_none():
-    model = make_model(MistralConfig, sliding_window=SLOTS - 1)
-    with pytest.raises(UsageError, match=f"window of {SLOTS - 1} tokens"):
-        make_programs(model, shape_of(model))
-    model = make_model(MistralConfig, sliding_window=SLOTS)
-    assert_tokens_equal_eager(uncompiled_steps(model), model)
 
 
 def test_layers_of_several_kinds_are_refused_by_number():
@@ -162,7 +135,7 @@ def test_layers_of_several_kinds_are_refused_by_number():
     narrow = make_model(intermediate_size=72)
     model.model.layers[1].mlp = narrow.model.layers[1].mlp
     with pytest.raises(UsageError, match="layer 1 has other tensors or shapes than layer 0"):
-        make_programs(model, shape_of(model))
+        make_programs(model)
 
 
 def test_a_part_that_the_programs_lack_is_refused_by_name():
@@ -170,7 +143,7 @@ def test_a_part_that_the_programs_lack_is_refused_by_name():
     for layer in model.model.layers:
         layer.mlp.extra_proj = torch.nn.Linear(4, 4)
     with pytest.raises(UsageError, match=r"mlp\.extra_proj\.weight"):
-        make_programs(model, shape_of(model))
+        make_programs(model)
 
 
 @pytest.mark.parametrize("vocab", (512, 300, 32001))
@@ -196,7 +169,7 @@ class Compiled:
 
 def compile_programs(model) -> Compiled:
     run, sources = {}, {}
-    for name, program in make_programs(model, shape_of(model)).items():
+    for name, program in make_programs(model).items():
         exported = export_program(program, model, shape_of(model), BOUNDS)
         files = compile_program(exported, layer_package.program_options(name, model, False))
         (source,) = (file for file in files if file.endswith(".wrapper.cpp"))
@@ -232,12 +205,12 @@ def compiled(biased):
 @pytest.mark.parametrize("count", (1, 2, 5))
 def test_compiled_programs_give_eagers_tokens(biased, compiled, threads, count):
     threads(count)  # more than at build: each piece of work is still done once
-    assert_tokens_equal_eager(steps_of(biased, compiled.run), biased)
+    assert_tokens_equal_eager(engine_of(biased, compiled.run), biased)
 
 
 def test_the_same_programs_serve_a_model_of_another_depth(compiled):
     deep = make_model(layers=5, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    assert_tokens_equal_eager(steps_of(deep, compiled.run), deep)
+    assert_tokens_equal_eager(engine_of(deep, compiled.run), deep)
 
 
 def test_decode_of_a_small_model_on_a_cpu_is_one_threads_work(monkeypatch):

@@ -26,7 +26,7 @@ def tiny(shared_folders):
 
 @pytest.fixture(scope="module")
 def codec(tiny):
-    return load_codec(tiny.folder)
+    return load_codec(tiny)
 
 
 def test_tokens_are_those_of_transformers_bare_and_in_a_chat(tiny, codec):
@@ -52,7 +52,7 @@ def test_each_line_of_a_file_is_a_request(codec, tmp_path):
 
 
 def test_a_dash_reads_stdin_and_requests_repeat_it(codec, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe")))
     prompts = prompts_of(PromptFlags(prompt="-", num_requests=3), codec, 0)
     assert [codec.decode(ids) for ids in prompts] == ["from a pipe"] * 3
 

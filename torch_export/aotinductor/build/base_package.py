@@ -5,6 +5,7 @@ graph of two plain tensors is the whole model, which torch's plain loader opens.
 """
 
 import re
+import tempfile
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 
 from aotinductor import torch_private
-from aotinductor.build.compiler import compile_program
+from aotinductor.build.compiler import compile_program, example_and_dim
 from aotinductor.lengths import Bounds
-from aotinductor.package import PLAIN_MODEL, Constant
+from aotinductor.native.compile import compile_steps
+from aotinductor.start.constants import Constant
 
+PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
 _CODE_ONLY = {"aot_inductor.package_constants_in_so": False}
 # At the library's end, and not within it: there their offsets are known, whatever their size.
 _BEHIND_LIBRARY = {"aot_inductor.force_mmap_weights": True}
@@ -35,8 +38,16 @@ def compile_base_package(
     if embed_weights:
         files[PLAIN_MODEL] = compile_program(exported, options | _BEHIND_LIBRARY)
     torch_private.package_aoti(path, files)
+    with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
+        steps = compile_steps(Path(folder))  # binds the constants at a start
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.write(steps, f"{path.stem}/native/{steps.name}")
     offsets = find_behind_library(path) if embed_weights else {}
-    return {"graphs": ["base"], "constants": describe_constants(exported, offsets)}
+    return {
+        "graphs": ["base"],
+        "vocab_size": causal_lm.config.vocab_size,
+        "constants": describe_constants(exported, offsets),
+    }
 
 
 class BaseGraph(nn.Module):
@@ -64,7 +75,7 @@ class BaseGraph(nn.Module):
 
 def export_base_graph(causal_lm, bounds: Bounds):
     """Export for every multiple within the bounds, or, static, for their one length."""
-    length, length_dim = bounds.example_and_dim()
+    length, length_dim = example_and_dim(bounds)
     ids = torch.zeros((1, length), dtype=torch.int64, device=causal_lm.device)
     example, shapes = (ids, torch.ones_like(ids)), (length_dim, length_dim)
     return torch.export.export(BaseGraph(causal_lm), example, dynamic_shapes=shapes)

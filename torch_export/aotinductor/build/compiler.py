@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from aotinductor import torch_private
-from aotinductor.package import COMMON_LEVEL, instruction_set
+from aotinductor.lengths import Bounds
+from aotinductor.recipe import COMMON_LEVEL, machine_of
 from common.errors import ScriptError
 
 
@@ -29,10 +30,24 @@ def compile_program(
         return torch_private.aot_compile(exported, options | dict(own_options))
 
 
+def example_and_dim(bounds: Bounds) -> tuple[int, dict | None]:
+    """Return the length to trace with, and what is dynamic on dimension 1; None is static."""
+    if not bounds.dynamic_seq_len:
+        return bounds.max_seq_len, None
+    multiple = bounds.dynamic_seq_multiple
+    first, last = bounds.buckets[0] // multiple, bounds.max_seq_len // multiple
+    blocks = torch.export.Dim("blocks", min=first, max=last)
+    # an example of one block would be taken for a constant, and so would one that is as long as
+    # the KV cache: it stays below the longest
+    longest = max(last - 1, first, 2)
+    example = min(max(bounds.example_seq_len // multiple, first, 2), longest, last)
+    return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
+
+
 @contextmanager
 def portable_host_code(device: torch.device) -> Iterator[None]:
-    """While inside, Inductor compiles C++ for the level that `instruction_set` names."""
-    if instruction_set(device) != COMMON_LEVEL:
+    """While inside, Inductor compiles C++ for the level that `machine_of` names."""
+    if machine_of(device.type)["cpu_capability"] != COMMON_LEVEL:
         yield
         return
     # 256 bits is AVX2; "ok": its probe of every instruction set takes six seconds

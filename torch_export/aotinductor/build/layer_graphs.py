@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aotinductor.cache import BLOCK_ROWS, CacheShape
+from aotinductor.build.compiler import example_and_dim
+from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
 from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
-# Frequencies of these depend on the length of the running sequence, which a table cannot hold.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
 ARGMAX_PARTS = 256
 # the parts of a layer that the programs model, in the order of their weights among the inputs
@@ -73,21 +72,15 @@ class LayerKind:
         return plain_attention
 
 
-def describe_layers(causal_lm, slots: int) -> LayerKind:
+def describe_layers(causal_lm) -> LayerKind:
     """Return the one kind of layer that the model has; raise UsageError, by name, if it hasn't."""
-    rope_type = causal_lm.model.rotary_emb.rope_type
-    window = getattr(causal_lm.config, "sliding_window", None)
     known = [f"{part}.{tensor}" for part in PARTS for tensor in ("weight", "bias")]
     first, *others = [
         {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
         for layer in causal_lm.model.layers
     ]
     problem = None
-    if rope_type in LENGTH_DEPENDENT_ROPE:
-        problem = f"rope type {rope_type!r} changes its frequencies with the length"
-    elif window is not None and window < slots:
-        problem = f"a sliding window of {window} tokens is shorter than the cache of {slots} slots"
-    elif unknown := [name for name in first if name not in known]:
+    if unknown := [name for name in first if name not in known]:
         problem = f"{', '.join(unknown)} of a layer is not modelled"
     elif different := [number for number, other in enumerate(others, 1) if other != first]:
         problem = f"layer {different[0]} has other tensors or shapes than layer 0"
@@ -345,9 +338,9 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     return seen.flatten().to(q.dtype)
 
 
-def make_programs(causal_lm, cache: CacheShape) -> dict[str, Program]:
+def make_programs(causal_lm) -> dict[str, Program]:
     """Return the programs of a model by name, in the order of a sequence."""
-    kind = describe_layers(causal_lm, cache.slots)
+    kind = describe_layers(causal_lm)
     tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
     return {
         "prefill_layer": PrefillLayer(kind),
@@ -372,22 +365,6 @@ def state_dtypes(causal_lm) -> dict[str, torch.dtype]:
     }
 
 
-def state_shapes(
-    cache: CacheShape, hidden_size: int, vocab_size: int, padded: int, rows: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of the state's tensors, the tables being those of one layer."""
-    return {
-        "row": (hidden_size,),
-        "hidden": (1, padded, hidden_size),
-        "token": (1, 1),
-        "position": (1,),
-        "rope": (2, cache.slots, cache.head_dim),
-        "keys": (rows, cache.width),
-        "values": (rows, cache.width),
-        "logits": (1, vocab_size),
-    }
-
-
 @torch.no_grad()
 def export_program(
     program: Program, causal_lm, cache: CacheShape, bounds: Bounds
@@ -397,7 +374,7 @@ def export_program(
     Decode takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
     captured graph serves every length, and its kernel ends at the position by itself.
     """
-    padded, length = bounds.example_and_dim()
+    padded, length = example_and_dim(bounds)
     blocks, rows = cache.rows // BLOCK_ROWS, cache.rows
     dynamic = {"hidden": length}
     if isinstance(program, DecodeLayer) and not program.kind.on_cuda and blocks > 1:

@@ -8,7 +8,6 @@ Entries are stored, not deflated, and begin at multiples of 64 bytes: they can b
 lie in the file.
 """
 
-import ctypes
 import json
 import re
 import struct
@@ -31,13 +30,10 @@ from aotinductor.build.layer_graphs import (
     state_dtypes,
 )  # fmt: skip
 from aotinductor.build.symbols import called_symbols, missing_symbols
-from aotinductor.build.torch_steps import Run, make_steps
 from aotinductor.cache import CacheShape
-from aotinductor.kv_generation import Generator, rope_table
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import RUNTIME, compile_native
 from common.errors import ScriptError
-from common.model import weights
 
 ALIGNMENT = 64
 # A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
@@ -60,7 +56,7 @@ def compile_layer_package(
 ) -> dict:
     """Write the package, and return the metadata's `details` of it."""
     cache = cache_shape(causal_lm, slots)
-    programs = make_programs(causal_lm, cache)
+    programs = make_programs(causal_lm)
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
         entries = {f"native/{name}": file for name, file in native.items()}
@@ -165,47 +161,3 @@ def safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text, [tensors[name] for name in ordered]
-
-
-def open_package(
-    path: Path, details: dict, device: torch.device, tensors: Mapping[str, Tensor]
-) -> Generator:
-    """Return what generates with a package, over torch and these weights."""
-    with tempfile.TemporaryDirectory(prefix="llama-package-") as unpacked:
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(unpacked, [n for n in archive.namelist() if "/weights/" not in n])
-        (runtime,) = Path(unpacked).glob(f"*/native/{RUNTIME}")
-        ctypes.CDLL(str(runtime))  # the programs ask for it by name
-        libraries = Path(unpacked).glob("*/programs/*/*.so")
-        programs = {one.parent.name: torch_private.open_library(one, device) for one in libraries}
-        return make_engine(programs, details, tensors, device)
-
-
-def list_embedded(path: Path) -> dict[str, weights.Stored]:
-    """Return where each tensor of the package's own weights lies."""
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith("/weights/model.safetensors"))
-        with archive.open(name) as entry:
-            (size,) = struct.unpack("<Q", entry.read(8))
-            header = json.loads(entry.read(size))
-        info = archive.getinfo(name)
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        lengths = struct.unpack("<HH", file.read(4))
-    begin = info.header_offset + 30 + sum(lengths) + 8 + size
-    dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
-    return {
-        key: weights.Stored(
-            key, path, dtypes[row["dtype"]], tuple(row["shape"]), begin + row["data_offsets"][0]
-        )
-        for key, row in header.items()
-    }
-
-
-def make_engine(
-    programs: Mapping[str, Run], details: dict, tensors: Mapping[str, Tensor], device: torch.device
-) -> Generator:
-    """Return what generates with these programs and weights."""
-    cache = CacheShape(**details["cache"])
-    rope = rope_table(**details["rope"], slots=cache.slots, device=device)
-    return Generator(make_steps(programs, details, rope, tensors), cache)

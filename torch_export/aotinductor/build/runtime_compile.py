@@ -1,96 +1,148 @@
 """What a start without a package serves with: transformers' model, or its graphs, compiled here."""
 
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from aotinductor import package
-from aotinductor.base import BaseGenerator
 from aotinductor.build.base_package import BaseGraph, compile_base_package
 from aotinductor.build.layer_graphs import make_programs
-from aotinductor.build.layer_package import (
-    cache_shape,
-    compile_layer_package,
-    describe_package,
-    make_engine,
-    open_package,
-)  # fmt: skip
-from aotinductor.flags import RunSettings
+from aotinductor.build.layer_package import cache_shape, compile_layer_package, describe_package
+from aotinductor.build.torch_steps import TorchSteps
+from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
-from aotinductor.loading import Engine
-from common.cli import Console
-from common.compiler.toolchain import prepare_toolchain
-from common.measure.measures import Stages
-from common.model.target import Target, load_model
-from common.model.weights import start_upload
+from aotinductor.start.base_engine import BaseEngine
+from aotinductor.start.kv_engine import KvEngine
+from aotinductor.start.loading import (
+    Source,
+    Wish,
+    assemble,
+    make_state,
+    read_embedding,
+    usual_library,
+)
+from aotinductor.start.opening import Opening
+from common.cli import Console, SamplingFlags
+from common.compiler.toolchain import prepare_toolchain, quieten
+from common.model.eager import load_model
+from common.model.target import Target
+
+CloseStage = Callable[[str], None]
 
 
-def serve_without_package(
-    settings: RunSettings, target: Target, plan: Plan, cuda_graph: bool, stages: Stages,
-    console: Console,
-):  # fmt: skip
-    """Return transformers' model, or the engine that a package would give, made of it here."""
-    import transformers  # noqa: F401  # here: its seconds are not the weights'
-
-    flags = settings.loading
-    export = flags.no_preload_method == "export"
-    if settings.mode == "skip":
-        prepare_toolchain(target.device, host_code=export, console=console)
-    stages.close("imports")
+def compile_engine(
+    opening: Opening, flags: LoadFlags, close_stage: CloseStage, console: Console
+) -> KvEngine | BaseEngine:
+    """Return what a package would give, made of the model here."""
+    target, plan, export = opening.target, opening.plan, flags.no_preload_method == "export"
+    quieten(target.device, console)
+    prepare_toolchain(target.device, host_code=export, console=console)
+    close_stage("imports")
     model = load_model(target)
-    stages.close("weights")
-    if settings.mode == "eager":
-        return model
+    close_stage("weights")
     max_autotune = flags.max_autotune
     if max_autotune is None:  # as the package was built where there is one
         max_autotune = bool(plan.built.get("max_autotune", True))
     if export:
         with tempfile.TemporaryDirectory(prefix="llama-package-") as folder:
             path = Path(folder, "model.pt2")
-            engine, _ = make_package(model, plan.bounds, plan.slots, path, False, max_autotune)
+            details = compile_package(model, plan.bounds, plan.slots, path, False, max_autotune)
+            engine = open_compiled(path, details, opening.wish, target, plan)
+    elif plan.slots is None:
+        engine = _torch_compiled_base(model, plan, flags.compile_dynamic_seq_len, max_autotune)
     else:
-        engine = _torch_compile(model, plan, flags.compile_dynamic_seq_len, max_autotune)
-    stages.close("compile")
+        engine = _torch_compiled(model, opening, flags.compile_dynamic_seq_len, max_autotune)
+    close_stage("compile")
     return engine
 
 
-def make_package(
+def compile_package(
     model, bounds: Bounds, slots: int | None, path: Path, embed_weights: bool, max_autotune: bool
-) -> tuple[Engine, dict]:
-    """Write `path`; return an engine over it, and the metadata's details.
-
-    It runs on the package's own weights, or else on the model's.
-    """
-    how = (path, embed_weights, max_autotune)
-    if slots is not None:
-        details = compile_layer_package(model, bounds, slots, *how)
-        return open_package(path, details, model.device, dict(model.named_parameters())), details
-    details = compile_base_package(model, bounds, *how)
-    constants, values = package.read_constants(details, model.device)
-    weights = model.state_dict()
-    if embed_weights:
-        weights = start_upload(package.find_in_package(constants, path), model.device).wait()
-    run = package.open_model(path, "base", model.device, weights | values)
-    return BaseGenerator(run, model.device), details
+) -> dict[str, Any]:
+    """Write `path` with the base graph or, with slots, those of a KV cache; return its details."""
+    if slots is None:
+        return compile_base_package(model, bounds, path, embed_weights, max_autotune)
+    return compile_layer_package(model, bounds, slots, path, embed_weights, max_autotune)
 
 
-def _torch_compile(model, plan: Plan, one_dynamic_graph: bool, max_autotune: bool) -> Engine:
-    # without Inductor's own CUDA graphs: the generator captures decode, as of a package
-    tuned = "max-autotune" if plan.slots is None else "max-autotune-no-cudagraphs"
-    mode = tuned if max_autotune else "default"
-    # None is torch's own way: static at first, dynamic from the second length on
-    dynamic = (one_dynamic_graph or None) if plan.bounds.dynamic_seq_len else False
-    if plan.slots is None:
-        graph = torch.compile(BaseGraph(model), fullgraph=True, dynamic=dynamic, mode=mode)
-        return BaseGenerator(lambda inputs: [graph(*inputs)], model.device)
+def open_compiled(
+    path: Path, details: dict[str, Any], wish: Wish, target: Target, plan: Plan,
+    embedded: bool = False,
+) -> KvEngine | BaseEngine:  # fmt: skip
+    """Return an engine over a package that this process has just compiled."""
+    with open(path, "rb") as file:
+        source = Source(file, path, details, embedded)
+        return assemble(wish, target, plan, usual_library(details), source, lambda stage: None)
+
+
+def _torch_compiled(
+    model, opening: Opening, one_dynamic_graph: bool, max_autotune: bool
+) -> KvEngine:
+    target, plan = opening.target, opening.plan
+    assert plan.slots is not None
+    # without Inductor's own CUDA graphs: decode is captured here, as of a package
+    mode = "max-autotune-no-cudagraphs" if max_autotune else "default"
     cache = cache_shape(model, plan.slots)
-    programs = make_programs(model, cache)
+    programs = make_programs(model)
+    details = describe_package(model, cache, programs)
     compiled = {}
     for name, program in programs.items():
-        # on a CPU the rows in use change with the length
-        varies = model.device.type == "cpu" if name.startswith("decode") else dynamic
+        varies = _dynamic(plan, one_dynamic_graph)
+        if name.startswith("decode"):  # on a CPU the rows in use change with the length
+            varies = target.device == "cpu"
         graph = torch.compile(program, fullgraph=True, dynamic=varies, mode=mode)
         compiled[name] = lambda inputs, graph=graph: graph(*inputs)
-    details = describe_package(model, cache, programs)
-    return make_engine(compiled, details, dict(model.named_parameters()), model.device)
+    state, memory = make_state(details, cache, target)
+    weights = dict(model.named_parameters())
+    steps = TorchSteps(compiled, details["programs"], weights, state, memory)
+    engine = KvEngine(steps, state, cache, memory, read_embedding(target))
+    if target.device == "cuda" and opening.wish.cuda_graph is not False:
+        steps.capture()
+        engine.reset()
+    return engine
+
+
+def _torch_compiled_base(
+    model, plan: Plan, one_dynamic_graph: bool, max_autotune: bool
+) -> BaseEngine:
+    mode, dynamic = "max-autotune" if max_autotune else "default", _dynamic(plan, one_dynamic_graph)
+    graph = torch.compile(BaseGraph(model), fullgraph=True, dynamic=dynamic, mode=mode)
+
+    @torch.no_grad()
+    def forward(ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
+        inputs = [torch.from_numpy(one).to(model.device) for one in (ids, mask)]
+        return graph(*inputs)[0, rows.start : rows.stop].float().cpu().numpy()
+
+    return BaseEngine(forward, plan.padded)
+
+
+def _dynamic(plan: Plan, one_dynamic_graph: bool) -> bool | None:
+    # None is torch's own way: static at first, dynamic from the second length on
+    return (one_dynamic_graph or None) if plan.bounds.dynamic_seq_len else False
+
+
+def generate_eagerly(
+    model, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int],
+    sampling: SamplingFlags, seed: int, streamer: Any = None,
+) -> list[int]:  # fmt: skip
+    """Return the new tokens of Hugging Face `generate` as it is, without any compilation."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([prompt], device=model.device)  # (1, prompt) int64
+    # every choice is set, so that none is left to the checkpoint's own defaults
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=0,  # of one sequence none is padded
+        do_sample=sampling.temperature > 0,
+        **vars(sampling) if sampling.temperature else {},
+    )
+    torch.manual_seed(seed)
+    # (1, prompt + new_tokens) int64
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), disable_compile=True, streamer=streamer
+    )
+    return output[0, ids.shape[1] :].tolist()

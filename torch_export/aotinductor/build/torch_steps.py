@@ -1,73 +1,91 @@
 """Whole steps of the layer programs over torch tensors: a loop over the layers, then the head."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from aotinductor.build.layer_graphs import state_shapes
-from aotinductor.cache import CacheShape
+from aotinductor.start.kv_engine import State
+from aotinductor.start.memory import GpuMemory, HostMemory
+from common.model.weights import Tensor
 
 # a program: its inputs in order; it writes into them and returns nothing
-Run = Callable[[list[Tensor]], object]
+Run = Callable[[list[torch.Tensor]], object]
+
+
+def torch_view(tensor: Tensor, device: str) -> torch.Tensor:
+    """Return the same memory as torch sees it; `tensor` must outlive it."""
+    dtype = getattr(torch, tensor.dtype)
+    if device == "cpu":
+        return torch.from_numpy(tensor.owner.view(np.uint8)).view(dtype).view(tensor.shape)
+
+    class Bytes:
+        __cuda_array_interface__ = {
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.address, False),
+            "version": 3,
+        }  # fmt: skip
+
+    return torch.as_tensor(Bytes(), device=device).view(dtype).view(tensor.shape)
 
 
 class TorchSteps:
-    """Runs `prefill` and `decode` over a state that it is given.
+    """What a `KvEngine` steps with where graphs were compiled at runtime.
 
-    `state` has a tensor for each of the state's names but the tables, `hidden` for the longest
-    prompt; `tables` has keys and values of each layer, which is how it knows the depth. `inputs`
-    names what each program takes; what is not of the state is one of `weights`.
+    `inputs` names what each program takes; what is not of the state is one of `weights`.
     """
+
+    takes_prompts = True
 
     def __init__(
         self, programs: Mapping[str, Run], inputs: Mapping[str, Sequence[str]],
-        state: Mapping[str, Tensor], tables: Sequence[tuple[Tensor, Tensor]],
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, torch.Tensor], state: State, memory: HostMemory | GpuMemory,
     ):  # fmt: skip
-        self.programs, self.inputs = programs, inputs
-        self.state, self.tables, self.weights = dict(state), tables, weights
+        device = memory.device
+        self._programs, self._inputs, self._weights = programs, inputs, weights
+        self._tables = [
+            {"keys": torch_view(keys, device), "values": torch_view(values, device)}
+            for keys, values in zip(state.keys, state.values, strict=True)
+        ]
+        single = {name: one for name, one in vars(state).items() if isinstance(one, Tensor)}
+        self._state = {name: torch_view(one, device) for name, one in single.items()}
+        self._stream = None
+        if isinstance(memory, GpuMemory):
+            self._stream = torch.cuda.ExternalStream(memory.stream.handle.value)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, padded: int) -> None:
         """The prompt's rows stand in the first `padded` of `hidden`, its length in `position`."""
-        self._run("prefill", {"hidden": self.state["hidden"][:, :padded]}, len(self.tables[0][0]))
+        # the rows of the longest prompt lie one after the other, so fewer are a tensor of their own
+        hidden = self._state["hidden"].flatten()[: padded * self._state["row"].shape[0]]
+        rows = len(self._tables[0]["keys"])
+        self._run("prefill", {"hidden": hidden.view(1, padded, -1)}, rows)
 
     def decode(self, rows: int) -> None:
         """One token: decode gets the first `rows` of each table."""
-        self._run("decode", {}, rows)
+        if self._graph is None:
+            self._run("decode", {}, rows)
+        else:
+            with torch.cuda.stream(self._stream):
+                self._graph.replay()
+
+    def capture(self) -> None:
+        """Record decode as a CUDA graph; what was in the state is lost."""
+        rows = len(self._tables[0]["keys"])
+        for _ in range(2):  # compiles and loads, which a capture cannot
+            self._run("decode", {}, rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._run("decode", {}, rows)
+        self._graph = graph
 
     @torch.no_grad()
-    def _run(self, kind: str, own: Mapping[str, Tensor], rows: int) -> None:
-        named = {**self.weights, **self.state, **own}
-        layer_inputs, run = self.inputs[f"{kind}_layer"], self.programs[f"{kind}_layer"]
-        for layer, (keys, values) in enumerate(self.tables):
-            named |= {"keys": keys[:rows], "values": values[:rows]}
-            run([named[name.format(layer=layer)] for name in layer_inputs])
-        self.programs[f"{kind}_head"]([named[name] for name in self.inputs[f"{kind}_head"]])
-
-
-def make_steps(
-    programs: Mapping[str, Run], details: Mapping, rope: Tensor, weights: Mapping[str, Tensor]
-) -> TorchSteps:
-    """Return steps over an empty state, as deep as the weights are; `details` are a package's."""
-    cache = CacheShape(**details["cache"])
-    dtypes = {name: getattr(torch, dtype) for name, dtype in details["dtypes"].items()}
-    widths = (details["hidden_size"], details["vocab_size"])
-    shapes = state_shapes(cache, *widths, padded=cache.slots, rows=cache.rows)
-    # Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
-    state = {
-        name: torch.zeros(shapes[name], dtype=dtypes[name], device=rope.device) for name in dtypes
-    }
-    keys, values = state.pop("keys"), state.pop("values")
-    tables, layers = [], count_layers(weights)
-    for _ in range(layers):
-        tables.append((torch.zeros_like(keys), torch.zeros_like(values)))
-    inputs = details["programs"]
-    return TorchSteps(programs, inputs, state | {"rope": rope}, tables, weights)
-
-
-def count_layers(weights: Iterable[str]) -> int:
-    """Return how many layers a checkpoint with tensors of these names has."""
-    numbers = (re.match(r"model\.layers\.(\d+)\.", name) for name in weights)
-    return 1 + max(int(number[1]) for number in numbers if number)
+    def _run(self, kind: str, own: Mapping[str, torch.Tensor], rows: int) -> None:
+        named = {**self._weights, **self._state, **own}
+        layer_inputs, run = self._inputs[f"{kind}_layer"], self._programs[f"{kind}_layer"]
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            for layer, tables in enumerate(self._tables):
+                named |= {name: table[:rows] for name, table in tables.items()}
+                run([named[name.format(layer=layer)] for name in layer_inputs])
+            self._programs[f"{kind}_head"]([named[n] for n in self._inputs[f"{kind}_head"]])

@@ -1,0 +1,44 @@
+"""Compiler caches of one process alone: empty at first, and gone with it."""
+
+import getpass
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def private_compiler_caches() -> Iterator[None]:
+    """Give this process empty compiler caches that nobody else can write to, removed at its end.
+
+    Inductor's default is a guessable folder under /tmp, accepted even if another user made it, and
+    its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
+    in the environment is kept.
+    """
+    # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
+    with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
+        places = cache_places(folder)
+        added = {name: places[name] for name in places.keys() - os.environ.keys()}
+        os.environ.update(added)
+        tempfile.tempdir = None  # it remembers the first TMPDIR it saw
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+            tempfile.tempdir = None
+
+
+def cache_places(folder: str) -> dict[str, str]:
+    """Return the variables that keep a process's temporary files and caches in `folder`."""
+    places = {
+        "TMPDIR": folder,
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor"),
+        "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
+    }
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # Python to 3.12, from 3.13 on
+        # Inductor asks for a user name even where the user id has none
+        places["USER"] = f"uid-{os.getuid()}"
+    return places
