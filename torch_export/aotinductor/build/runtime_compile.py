@@ -85,7 +85,7 @@ def _torch_compiled(
     # without Inductor's own CUDA graphs: decode is captured here, as of a package
     mode = "max-autotune-no-cudagraphs" if max_autotune else "default"
     cache = cache_shape(model, plan.slots)
-    programs = make_programs(model, cache)
+    programs = make_programs(model)
     details = describe_package(model, cache, programs)
     compiled = {}
     for name, program in programs.items():
