@@ -6,6 +6,7 @@ from typing import Any
 
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
 from aotinductor.lengths import find_plan
+from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import find_differences
 from aotinductor.start.engine import Engine
 from aotinductor.start.loading import choose_library, require_gpu_for_graph
@@ -51,6 +52,8 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
     loading, pair = settings.loading, settings.files.pair()
     plan = find_plan(pair, settings.shape, settings.mode == "load", loading.bucket_pad)
     opening = make_opening(pair, settings.shared, settings.trust, plan, console)
+    if settings.mode != "eager":
+        refuse_unsupported(opening.target.checkpoint, plan.slots is not None)
     require_gpu_for_graph(loading.cuda_graph, opening.target.device, opening.plan.slots)
     if settings.sampling.temperature and settings.mode != "eager" and opening.plan.slots is None:
         raise UsageError(

@@ -91,7 +91,17 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
-        """All that the folder's files hold, by name; {} of a folder without weights."""
+        """What the model reads of the folder's files, by name; {} of a folder without weights."""
+        ignored = [re.compile(pattern) for pattern in self.resolved["ignored"]]
+        return {
+            name: tensor
+            for name, tensor in self._held.items()
+            if name not in self.aliases and not any(one.search(name) for one in ignored)
+        }
+
+    @cached_property
+    def _held(self) -> dict[str, Stored]:
+        """All that the files hold."""
         return list_stored(self.folder)
 
     @cached_property
@@ -123,13 +133,8 @@ class Checkpoint:
     def check_tensors(self) -> None:
         """Raise UsageError, naming them, if tensors are missing, left over, or of another shape."""
         stored, expected = self.stored, self.parameters
-        known = expected.keys() | self.aliases.keys()
-        ignored = [re.compile(pattern) for pattern in self.resolved["ignored"]]
-        left_over = [
-            name
-            for name in stored
-            if name not in known and not any(one.search(name) for one in ignored)
-        ]
+        known = expected.keys() | set(self.resolved["optional"])
+        left_over = [name for name in stored if name not in known]
         missing = [name for name in expected if name not in stored]
         misshapen = [
             f"{name} with shape {list(stored[name].shape)} in place of {list(shape)}"
@@ -152,9 +157,9 @@ class Checkpoint:
 
     def _differ(self, name: str, other: str) -> bool:
         """Say whether both are stored and hold other bytes."""
-        if not (name in self.stored and other in self.stored):
+        if not (name in self._held and other in self._held):
             return False
-        one, two = self.stored[name], self.stored[other]
+        one, two = self._held[name], self._held[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return True
         return any(a != b for a, b in zip(_chunks(one), _chunks(two), strict=True))

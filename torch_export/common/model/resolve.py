@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 # raised when an answer has other fields or another meaning
-RESOLVER = 1
+RESOLVER = 2
 # what shapes no graph and no token, of any family's configuration
 _NOISE = _words("""
     architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
@@ -228,12 +228,11 @@ def _parameters(model) -> dict[str, Any]:
         return sorted({p for a in attributes for p in (getattr(model, a, None) or ())})
 
     optional = patterns("_keys_to_ignore_on_load_missing")
+    names = sorted(kept - tied.keys())
+    required = [name for name in names if not _matches(optional, name)]
     return {
-        "parameters": {
-            name: "x".join(map(str, shapes[name]))
-            for name in sorted(kept - tied.keys())
-            if not _matches(optional, name)
-        },
+        "parameters": {name: "x".join(map(str, shapes[name])) for name in required},
+        "optional": [name for name in names if _matches(optional, name)],
         "tied": tied,
         # transformers 5 leaves two tensors apart whose values in the file differ, 4 ties whatever
         "ties_equal_only": int(version("transformers").partition(".")[0]) >= 5,
@@ -311,10 +310,16 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _changes(stored, backend) -> dict[str, Any]:
-    """Return the sections of tokenizer.json that transformers has otherwise, as it has them."""
+    """Return the sections of tokenizer.json that transformers has otherwise, as it has them.
+
+    Of the model, which holds the vocabulary, only those of its fields.
+    """
     theirs, own = (json.loads(one.to_str()) for one in (backend, stored))
-    sections = (*_TOKENIZER_PARTS, "model")
-    return {name: theirs[name] for name in sections if theirs[name] != own[name]}
+    changes = {name: theirs[name] for name in _TOKENIZER_PARTS if theirs[name] != own[name]}
+    model, was = theirs["model"], own["model"]
+    if model != was:
+        changes["model"] = {k: v for k, v in model.items() if k not in was or v != was[k]}
+    return changes
 
 
 def _cleans_up(tokenizer) -> bool:
