@@ -108,7 +108,8 @@ def read_config(folder: Path):
 def _refusal(folder: Path, error: Exception) -> UsageError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return UsageError(
-        f"transformers {package_version('transformers')} cannot read {folder / 'config.json'}: {text}"
+        f"transformers {package_version('transformers')} cannot read "
+        f"{folder / 'config.json'}: {text}"
     )
 
 
