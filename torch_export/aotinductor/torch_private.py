@@ -4,8 +4,10 @@ Read in torch 2.9.1 and 2.14.1. A name that a stack doesn't have ends in one lin
 (EnvironmentProblemError), as does one that takes other arguments.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from unittest.mock import patch
 import torch
 
 from common.errors import EnvironmentProblemError
+
+_TORCH_LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "c10", "c10_cuda")
 
 
 def find(module: str, name: str) -> Any:
@@ -58,11 +62,42 @@ def record_offset(path: Path, record: str) -> int:
 
 
 def open_library(path: Path, device: torch.device) -> Callable[[list[torch.Tensor]], list]:
-    """Return a compiled program's library as a function. Public: packages alone can be opened."""
+    """Return a compiled program's library as a function over torch's tensors.
+
+    It takes the C interface's functions from libtorch, whose names are made global for it.
+    """
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), ctypes.RTLD_GLOBAL)
     if device.type == "cuda":
         runner = find("torch._C", "_aoti.AOTIModelContainerRunnerCuda")
         return runner(str(path), 1, str(device), str(path.parent)).run
     return find("torch._C", "_aoti.AOTIModelContainerRunnerCpu")(str(path), 1).run
+
+
+@contextmanager
+def linked_with(library: Path) -> Iterator[None]:
+    """While inside, programs are linked with this library, libNAME.so, and with none of torch's.
+
+    A setting says which further libraries, none on both stacks where they are: the compiler's own
+    variable does. `link_libtorch` is a setting of 2.14; before, the list of torch's libraries is a
+    literal, which the options of the linker's command repeat.
+    """
+    settings = {"aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")]}
+    places = [str(library.parent), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+    with ExitStack() as patches:
+        if hasattr(find("torch._inductor.config", "aot_inductor"), "link_libtorch"):
+            settings["aot_inductor.link_libtorch"] = False
+        else:
+            options = find("torch._inductor.cpp_builder", "BuildOptionsBase")
+            stock = find("torch._inductor.cpp_builder", "BuildOptionsBase.get_libraries")
+
+            def without_torch(self) -> list[str]:
+                return [name for name in stock(self) if name not in _TORCH_LIBRARIES]
+
+            patches.enter_context(patch.object(options, "get_libraries", without_torch))
+        patches.enter_context(patch.dict(os.environ, LIBRARY_PATH=os.pathsep.join(places)))
+        patches.enter_context(inductor_settings(settings))
+        yield
 
 
 @contextmanager

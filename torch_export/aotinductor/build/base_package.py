@@ -5,6 +5,7 @@ graph of two plain tensors is the whole model, which torch's plain loader opens.
 """
 
 import re
+import tempfile
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from aotinductor import torch_private
 from aotinductor.build.compiler import compile_program, example_and_dim
 from aotinductor.lengths import Bounds
+from aotinductor.native.compile import compile_steps
 from aotinductor.start.constants import Constant
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
@@ -36,6 +38,10 @@ def compile_base_package(
     if embed_weights:
         files[PLAIN_MODEL] = compile_program(exported, options | _BEHIND_LIBRARY)
     torch_private.package_aoti(path, files)
+    with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
+        steps = compile_steps(Path(folder))  # binds the constants at a start
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.write(steps, f"{path.stem}/native/{steps.name}")
     offsets = find_behind_library(path) if embed_weights else {}
     return {
         "graphs": ["base"],

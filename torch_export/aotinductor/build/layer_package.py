@@ -1,6 +1,7 @@
 """A KV-cache package: four programs compiled, and written with what they need into one zip.
 
     STEM/programs/PROGRAM/  its library, and its kernels where it has them
+    STEM/native/  what a start runs them with: `native.compile`
     STEM/weights/model.safetensors  the checkpoint's tensors, with --embed-weights
 
 Entries are stored, not deflated, and begin at multiples of 64 bytes: they can be used where they
@@ -8,6 +9,7 @@ lie in the file.
 """
 
 import json
+import re
 import struct
 import tempfile
 import zipfile
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aotinductor import torch_private
 from aotinductor.build.compiler import compile_program, library_of
 from aotinductor.build.layer_graphs import (
     Program,
@@ -26,9 +29,10 @@ from aotinductor.build.layer_graphs import (
     make_programs,
     state_dtypes,
 )  # fmt: skip
+from aotinductor.build.symbols import called_symbols, missing_symbols
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
-from aotinductor.native.compile import compile_native
+from aotinductor.native.compile import RUNTIME, compile_native
 from common.errors import ScriptError
 
 ALIGNMENT = 64
@@ -52,22 +56,36 @@ def compile_layer_package(
 ) -> dict:
     """Write the package, and return the metadata's `details` of it."""
     cache = cache_shape(causal_lm, slots)
-    programs = make_programs(causal_lm, cache)
-    entries: dict[str, Path] = {}
-    for name, program in programs.items():
-        exported = export_program(program, causal_lm, cache, bounds)
-        if constants := [*exported.state_dict, *exported.constants]:
-            raise ScriptError(f"{name} holds constants of its own: {', '.join(constants)}")
-        files = compile_program(exported, program_options(name, causal_lm, max_autotune))
-        kept = [library_of(files), *(Path(file) for file in files if file.endswith(_KERNELS))]
-        entries |= {f"programs/{name}/{file.name}": file for file in kept}
+    programs = make_programs(causal_lm)
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
-        entries |= {f"native/{name}": file for name, file in native.items()}
+        entries = {f"native/{name}": file for name, file in native.items()}
+        calls, lacks = set(), set()
+        for name, program in programs.items():
+            exported = export_program(program, causal_lm, cache, bounds)
+            options = program_options(name, causal_lm, max_autotune)
+            with torch_private.linked_with(native[RUNTIME]):
+                files = compile_program(exported, options)
+            check_constants(name, exported, files)
+            library = library_of(files)
+            kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
+            entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
+            calls.update(called_symbols(library))
+            lacks.update(missing_symbols(library, native[RUNTIME]))
         # each once: a tied head is the embedding's
         embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
         write_package(path, entries, embedded)
-    return describe_package(causal_lm, cache, programs)
+    runtime = {"calls": sorted(calls), "lacks": sorted(lacks)}
+    return describe_package(causal_lm, cache, programs) | {"runtime": runtime}
+
+
+def check_constants(name: str, exported: torch.export.ExportedProgram, files: list[str]) -> None:
+    """Raise ScriptError if a program holds tensors of its own, traced ones or the compiler's."""
+    held = [*exported.state_dict, *exported.constants]
+    sources = [Path(file).read_text() for file in files if file.endswith(".wrapper.cpp")]
+    held += re.findall(r"constants_info_\[\d+\]\.name = \"([^\"]*)\"", "".join(sources))
+    if held:
+        raise ScriptError(f"{name} holds constants of its own: {', '.join(held)}")
 
 
 def program_options(name: str, causal_lm, max_autotune: bool) -> dict[str, object]:

@@ -24,10 +24,16 @@ def compile_native(folder: Path, device: str) -> dict[str, Path]:
     CXX names another compiler than g++. Raises EnvironmentProblemError with the compiler's first
     error.
     """
-    paths = {name: folder / name for name in (STEPS, RUNTIME)}
-    _compile(("steps.cpp",), paths[STEPS])
-    _compile(_SOURCES_OF[device], paths[RUNTIME])
-    return paths
+    runtime = folder / RUNTIME
+    _compile(_SOURCES_OF[device], runtime)
+    return {STEPS: compile_steps(folder), RUNTIME: runtime}
+
+
+def compile_steps(folder: Path) -> Path:
+    """Compile what every start calls, a step's calls first of all, into `folder`."""
+    library = folder / STEPS
+    _compile(("steps.cpp", "inputs.cpp"), library)
+    return library
 
 
 def _compile(sources: Sequence[str], library: Path) -> None:
