@@ -4,17 +4,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import cuda
 from common.cli import Console, config_of
-from common.compiler.counts import Watch, read_counts
 from common.machine import environment
 from common.measure import measures
-from common.measure.report import SCHEMA, markdown_table, number
 from common.model.stored import item_bytes
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, text_printer
+
+if TYPE_CHECKING:
+    from common.compiler.counts import Watch
 
 # (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
 # each one as it reaches the host
@@ -47,7 +48,7 @@ def serve_requests(
     prompts: Sequence[list[int]],
     generate: Generate,
     stages: measures.Stages,
-    watch: Watch | None,
+    watch: "Watch | None",
     console: Console,
 ) -> dict[str, Any]:
     """Serve one prompt after another, streaming text to stdout; return the run's result.
@@ -66,6 +67,10 @@ def serve_requests(
     # request 1 up to its first token is prefill; all the rest of generation is decode
     stages.seconds["prefill"] = requests[0].ttft_seconds
     stages.close("decode")
+    # imported here: they are no part of a start
+    from common.compiler.counts import read_counts
+    from common.measure.report import SCHEMA
+
     texts = [codec.decode(token_ids) for token_ids in completions]
     first = completions[0]
     same = [ids for prompt, ids in zip(prompts, completions, strict=True) if prompt == prompts[0]]
@@ -149,6 +154,8 @@ def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dic
 
 def print_run(document: dict, console: Console) -> None:
     """Say how the run went in at most three lines on stderr; --verbose adds every measure."""
+    from common.measure.report import markdown_table, number
+
     metrics, stages, counts = document["metrics"], document["stages"], document["compile"]
     artifact, speed = document["artifact"], document["decode"]
     what = f"loaded {artifact['name']}" if artifact else f"mode {document['mode']}"
