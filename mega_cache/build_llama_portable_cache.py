@@ -9,11 +9,11 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 import shlex
 from collections.abc import Sequence
 
+from common import cuda, machine
 from common.artifact import disk, store
 from common.cli import Console, parse_flags
-from common.compiler import toolchain
+from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
-from common.measure import trials
 from common.measure.report import markdown_table, write_json
 from portable_cache.flags import APPROACH, BuildSettings
 
@@ -25,8 +25,9 @@ def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
     pair = settings.files.pair()
-    toolchain.open_driver(settings.shared.device)
-    with trials.private_compiler_caches(), disk.building(pair, console):
+    machine.spin_less()  # before any library with threads is loaded
+    cuda.open_early(settings.shared.device != "cpu")
+    with private_compiler_caches(), disk.building(pair, console):
         disk.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
         from portable_cache.building import build

@@ -8,9 +8,9 @@ Errors are absolute, in standard deviations of the logits of the model in float3
 from collections.abc import Sequence
 
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
+from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
 from common.measure.report import logits_table, write_json
-from common.measure.trials import private_compiler_caches
 from portable_cache.flags import UNTOLD, RunSettings
 
 

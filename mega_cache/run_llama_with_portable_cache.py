@@ -7,10 +7,11 @@
 
 from collections.abc import Sequence
 
+from common import cuda, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
-from common.compiler import toolchain
+from common.compiler.caches import private_compiler_caches
 from common.errors import ArtifactMismatchError, UsageError, run_script
-from common.measure import report, trials
+from common.measure import report
 from common.measure.compare import Subject, compare
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
@@ -25,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
     if results.plot:
         raise UsageError("--plot draws a comparison: add --compare-load-vs-skip")
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    toolchain.open_driver(settings.shared.device)
-    with trials.private_compiler_caches():
+    machine.spin_less()  # before any library with threads is loaded
+    cuda.open_early(settings.shared.device != "cpu")
+    with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
         from common.measure.requests import print_run
         from portable_cache.serving import run

@@ -23,8 +23,8 @@ MODES = {"compile_preload": LOAD, "compile_no_preload": SKIP, "eager": EAGER}
 def main(argv: Sequence[str]) -> None:
     groups = (RunSettings, BenchmarkFlags, ComparisonFlags)
     settings, flags, results = parse_flags(__doc__, groups, argv, num_requests=50)
-    if settings.store.fetch is None:
-        find_plan(settings)  # a disagreement shows before any trial
+    if settings.store.fetch is None:  # a disagreement shows before any trial
+        find_plan(settings.files.pair(), settings.shape, settings.mode == "load")
     benchmark(Subject(APPROACH, RUN_SCRIPT, MODES, argv, settings, flags, results))
 
 

@@ -11,21 +11,22 @@ import shlex
 from collections.abc import Sequence
 
 from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
+from common import cuda, machine
 from common.artifact import disk, store
 from common.cli import Console, SharedFlags, config_of, parse_flags
-from common.compiler import toolchain
+from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
-from common.measure import trials
 from common.measure.report import markdown_table, write_json
 
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console, pair = Console(settings.shared.quiet, settings.shared.verbose), settings.files.pair()
-    toolchain.open_driver(settings.shared.device)
-    with trials.private_compiler_caches(), disk.building(pair, console):
+    machine.spin_less()  # before any library with threads is loaded
+    cuda.open_early(settings.shared.device != "cpu")
+    with private_compiler_caches(), disk.building(pair, console):
         # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.building import build
+        from aotinductor.build.building import build
 
         document = build(settings, console)
     store.publish(pair, settings.store.publish, APPROACH, console)
@@ -40,7 +41,7 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
     lengths = f"{recipe['min_seq_len']} to {longest} tokens, x{multiple}"
     saved = {
         "artifact": str(settings.files.package_path),
-        "graphs": ", ".join(details["graphs"]),
+        "graphs": ", ".join(details.get("programs", ["base"])),
         "KV cache": f"{recipe['max_cache_len']} slots" if recipe["kv_cache"] else "none",
         "weights": "in the package" if recipe["embed_weights"] else "bound at load",
         "size": f"{document['file']['bytes'] / 1e6:.2f} MB",

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from aotinductor.flags import RunSettings
 from common import errors
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
-from common.measure import report, trials
+from common.compiler.caches import private_compiler_caches
+from common.measure import report
 
 # kernels that add up in another order: a few times eager's own error, or float32's rounding
 ALLOWED = 4.0
@@ -21,9 +22,9 @@ ROUNDING = 1e-3
 def main(argv: Sequence[str]) -> None:
     settings, flags = parse_flags(__doc__, (RunSettings, EquivalenceFlags), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    with trials.private_compiler_caches():
+    with private_compiler_caches():
         # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.verify import compare_logits
+        from aotinductor.build.verify import compare_logits
 
         document = compare_logits(settings, flags, console)
     report.write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)

@@ -6,13 +6,13 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
-from common import errors
+from common import cuda, errors, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
-from common.compiler import toolchain
-from common.measure import trials
+from common.compiler.caches import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,24 +23,27 @@ def main(argv: Sequence[str]) -> None:
         from aotinductor.lengths import find_plan
         from common.measure.compare import Subject, compare
 
-        if settings.store.fetch is None:
-            find_plan(settings)  # a disagreement shows before any trial
+        if settings.store.fetch is None:  # a disagreement shows before any trial
+            find_plan(settings.files.pair(), settings.shape, settings.mode == "load")
         modes = {"load": LOAD, "skip": SKIP}
         compare(Subject(APPROACH, Path(__file__), modes, argv, settings, comparing, results))
         return
     if results.plot:
         raise errors.UsageError("--plot draws a comparison: add --compare-load-vs-skip")
-    toolchain.open_driver(settings.shared.device)
+    machine.spin_less()  # before any library with threads is loaded
+    cuda.open_early(settings.shared.device != "cpu")
     console = Console(settings.shared.quiet, settings.shared.verbose)
-    with trials.private_compiler_caches():
-        # imported here: --help answers without torch, and bad flags without its seconds
-        from aotinductor.serving import run
-        from common.measure.report import write_json
-        from common.measure.requests import print_run
+    # imported here: --help and bad flags answer without what a run needs
+    from aotinductor.serving import run
+    from common.measure.report import write_json
+    from common.measure.requests import print_run
 
+    compiles = settings.mode == "skip"
+    with private_compiler_caches() if compiles else nullcontext():
         document = run(settings, console)
-    write_json(document, settings.shared.json)
-    print_run(document, console)
+    if document:
+        write_json(document, settings.shared.json)
+        print_run(document, console)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Errors with an exit status, and the one place where a failure becomes a line on stderr."""
 
 import errno
+import io
 import os
 import select
 import signal
@@ -58,8 +59,12 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
-    # SIGTERM unwinds like Ctrl-C, so that temporary folders and half-written files are removed
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        # a character that the terminal's encoding lacks is escaped, and ends no answer
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # SIGTERM unwinds like Ctrl-C, so that temporary folders and half-written files are removed; so
+    # does SIGHUP, when the terminal is closed
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise_interrupt)
     try:

@@ -15,10 +15,9 @@ from common.cli import Console
 from common.compiler import counts, toolchain
 from common.measure import report, trials
 from common.measure.measures import Stages, process_start
-from common.model import weights
 from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec
-from portable_cache import attention, bundle, decode_ahead, generation, hits, verification
+from portable_cache import attention, bundle, decode_ahead, generation, hits, tensors, verification
 from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
 from portable_cache.recipe import recipe
 
@@ -40,7 +39,7 @@ class Builder:
         """Raise ScriptError unless eager would have gone on like this."""
         margin = verification.largest_margin(self.eager, prompt, token_ids)
         what = f"a KV cache of {slots} slots"
-        verification.check_margin(what, margin, self.target.dtype_name)
+        verification.check_margin(what, margin, self.target.dtype)
 
 
 def build(settings: BuildSettings, console: Console) -> dict:
@@ -51,16 +50,16 @@ def build(settings: BuildSettings, console: Console) -> dict:
     bundle.configure()
     bundle.watch()
     target = choose_target(settings.shared, console)
+    toolchain.quieten(target.device, console)
+    target.checkpoint.require_weights()
     toolchain.prepare_toolchain(target.device, host_code=False, console=console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
-    folder = target.checkpoint.folder
-    stored = weights.list_checkpoint(folder)
-    tensors = weights.start_upload(stored, target.device, target.dtype).wait()
-    model = generation.make_model(target, tensors, attention.NAME)
-    eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
-    builder = Builder(settings, console, target, load_codec(folder), model, eager)
+    there = tensors.start_upload(target)()
+    model = generation.make_model(target, there, attention.NAME)
+    eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
+    builder = Builder(settings, console, target, load_codec(target.checkpoint), model, eager)
     stages.close("weights")
     warmed, steps, ahead = [], {}, settings.build.precompile
     for slots, length in settings.compilation.cache_lengths().items():
@@ -82,6 +81,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
+            "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
             "decode_steps": {str(slots): step.contract for slots, step in steps.items()},
             "graphs": [asdict(lookup) for lookup in lookups],

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from common.errors import UsageError
 from common.measure.requests import Generate, TokenStreamer
+from common.model.resolve import read_config
 from common.model.target import Target
 from portable_cache import attention
 from portable_cache.flags import DYNAMIC, CompileFlags
@@ -29,13 +30,14 @@ def make_model(
     transformers.utils.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
     attention.register()
-    config = transformers.AutoConfig.from_pretrained(target.checkpoint.folder)
+    config = read_config(target.checkpoint.folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=target.dtype, attn_implementation=attention_name
+            config, dtype=getattr(torch, target.dtype), attn_implementation=attention_name
         )
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    if target.checkpoint.tied:
+        model.tie_weights()
     # its frequencies are in no checkpoint: computed on the CPU, as from_pretrained does
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=model.config).to(target.device)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from common.artifact.manifest import Difference, Manifest, differences
 from common.measure.report import environment
 from common.model.target import Target
@@ -14,9 +12,9 @@ _ENVIRONMENT_FIELDS = ("torch", "triton", "transformers", "cuda", "gpu", "comput
 _MODEL_FIELDS = ("config_digest", "dtype")
 
 
-def recipe(flags: CompileFlags, device: torch.device) -> dict[str, Any]:
+def recipe(flags: CompileFlags, device: str) -> dict[str, Any]:
     """Return every setting that shapes the compiled graphs."""
-    return vars(flags) | {"batch_size": 1, "device": device.type}
+    return vars(flags) | {"batch_size": 1, "device": device}
 
 
 def settle(told: CompileFlags, manifest: Manifest | None) -> CompileFlags:

@@ -10,12 +10,13 @@ import torch
 from common.artifact import disk
 from common.artifact.store import fetch
 from common.cli import Console
+from common.compiler import toolchain
 from common.errors import ScriptError
 from common.measure import requests
 from common.measure.measures import Stages, process_start
-from common.model import weights
 from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec, prompts_of
+from portable_cache import tensors
 from portable_cache.flags import APPROACH, CacheFileFlags, RunSettings
 from portable_cache.recipe import find_differences, settle
 
@@ -56,11 +57,14 @@ def run(settings: RunSettings, console: Console) -> dict:
 def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     """Bring model and artifact into this process."""
     stages.close("imports")
-    target = choose_target(settings.shared, console)
+    built = disk.peek_manifest(settings.files.pair()) if settings.loading.mode == "load" else None
+    known = built and built.details.get("checkpoint")
+    target = choose_target(settings.shared, console, known)
+    toolchain.quieten(target.device, console)
+    target.checkpoint.require_weights()
     torch.empty(1, device=target.device)  # opens the device
     stages.close("device")
-    stored = weights.list_checkpoint(target.checkpoint.folder)
-    upload = weights.start_upload(stored, target.device, target.dtype)
+    weights_there = tensors.start_upload(target)
     stages.close("weights")
     # late: the weights are on their way meanwhile
     from portable_cache import generation
@@ -73,7 +77,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
     def padded(prompt: list[int]) -> int:
         return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
 
-    codec = load_codec(target.checkpoint.folder)
+    codec = load_codec(target.checkpoint)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     new_tokens = settings.prompt.max_new_tokens
     slots = flags.slots_for(max(map(padded, prompts)) + new_tokens)
@@ -84,7 +88,7 @@ def set_up(settings: RunSettings, stages: Stages, console: Console) -> Ready:
         compiler = open_compiler(settings, target, slots, console)
     stages.close("artifact")
     attention = generation.attention.NAME if compiler else generation.STOCK_ATTENTION
-    model = generation.make_model(target, upload.wait(), attention)
+    model = generation.make_model(target, weights_there(), attention)
     choices = {}
     if not settings.prompt.ignore_eos:
         choices["eos_token_id"] = list(target.checkpoint.eos_token_ids) or None

@@ -13,7 +13,7 @@ from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
 from common.measure.measures import Stages, process_start
 from common.measure.report import logit_errors, logits_document
-from common.model.target import load_model
+from common.model.eager import load_model
 from portable_cache import serving
 from portable_cache.flags import APPROACH, RunSettings
 
@@ -54,7 +54,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     wanted = replace(settings, loading=loading, prompt=replace(settings.prompt, **longest))
     ready = serving.set_up(wanted, Stages(process_start()), console)
     target, slots = ready.target, ready.compiler.artifact["slots"]
-    reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
+    reference, eager = load_model(target, "float32"), load_model(target)
     rows = []
     for length in console.bar(lengths, "logits", "prompt"):
         prompt = ready.codec.synthetic_prompt(length, settings.shared.seed)
@@ -66,7 +66,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
         }
         margin = largest_margin(eager, prompt, forced)
         rows.append({"prompt_length": length, "largest_margin": margin, **errors})
-    return logits_document(APPROACH, target.dtype_name, slots, steps, rows)
+    return logits_document(APPROACH, target.dtype, slots, steps, rows)
 
 
 def generated_logits(ready: serving.Ready, prompt: list[int], forced: list[int]) -> torch.Tensor:

@@ -46,6 +46,7 @@ def presets_folder(shared_folder):
 def shared_folders(presets_folder, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("LLAMA_PRESETS", str(presets_folder))
+    patch.setenv("XDG_CACHE_HOME", str(presets_folder.with_name("cache")))
     # Inductor keeps precompiled C++ headers there: 10 s of g++ for each folder that has none
     patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
     yield
@@ -111,7 +112,7 @@ def eager_tokens(presets_folder):
     checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))
     target = Target(checkpoint, torch.device("cpu"), torch.float32)
     model = load_model(target)
-    codec = load_codec(checkpoint.folder)
+    codec = load_codec(checkpoint)
 
     def tokens(length, new_tokens):
         stops = list(checkpoint.eos_token_ids)

@@ -114,6 +114,12 @@ class LoadFlags:
     max_autotune: bool | None = flag(
         None, "of --no-load-artifacts; without either: as the package at hand was built, else on"
     )
+    library: str = flag(
+        "auto",
+        "behind the package's calls: its own runtime library, which needs no torch, or libtorch; "
+        "auto: the runtime library where it has all that the package calls",
+        choices=("auto", "runtime", "libtorch"),
+    )
     cuda_graph: bool | None = flag(
         None, "replay a KV-cache package's decode as one CUDA graph; without either: on for CUDA"
     )

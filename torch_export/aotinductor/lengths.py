@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from aotinductor.flags import APPROACH, ExpectedShapeFlags, RunSettings, ShapeFlags
-from common.artifact.disk import peek_manifest
-from common.artifact.manifest import differences, raise_if_different
+from aotinductor.flags import APPROACH, ExpectedShapeFlags, ShapeFlags
+from common.artifact.disk import ArtifactPair, peek_manifest
+from common.artifact.manifest import Manifest, differences, raise_if_different
 from common.cli import DTYPES, SharedFlags
 from common.errors import ArtifactDamagedError, UsageError
 
@@ -33,21 +33,6 @@ class Bounds(ShapeFlags):
         if bucket_pad:
             return min(bucket for bucket in self.buckets if bucket >= length)
         return -(-length // self.dynamic_seq_multiple) * self.dynamic_seq_multiple
-
-    def example_and_dim(self) -> tuple[int, dict | None]:
-        """Return the length to trace with, and what is dynamic on dimension 1; None is static."""
-        if not self.dynamic_seq_len:
-            return self.max_seq_len, None
-        import torch  # a lean start checks bounds without needing torch.export
-
-        multiple = self.dynamic_seq_multiple
-        first, last = self.buckets[0] // multiple, self.max_seq_len // multiple
-        blocks = torch.export.Dim("blocks", min=first, max=last)
-        # an example of one block would be taken for a constant, and so would one that is as long as
-        # the KV cache: it stays below the longest
-        longest = max(last - 1, first, 2)
-        example = min(max(self.example_seq_len // multiple, first, 2), longest, last)
-        return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"buckets": self.buckets}
@@ -74,21 +59,29 @@ def parse_bounds(recipe: dict[str, Any]) -> Bounds:
 
 @dataclass(frozen=True)
 class Plan:
-    """How this run serves a request: within which lengths, and as which package was built.
+    """How requests are served: within which lengths, and as the package at hand was built, if any.
 
-    `built` is the recipe of the package at hand and `dtype` its weights', {} and None without one.
+    `bucket_pad` pads to the bounds' buckets: fewer shapes, more work.
     """
 
     bounds: Bounds
-    built: dict[str, Any]
-    dtype: str | None = None
+    manifest: Manifest | None = None
+    bucket_pad: bool = False
+
+    @property
+    def built(self) -> dict[str, Any]:
+        return self.manifest.recipe if self.manifest else {}
 
     @property
     def slots(self) -> int | None:
         """Return the KV cache's slots, or None for the base graph."""
         return self.built.get("max_cache_len") if self.built.get("kv_cache") else None
 
-    def check_request(self, prompt_tokens: int, max_new_tokens: int, bucket_pad: bool) -> None:
+    def padded(self, length: int) -> int:
+        """Return the length that the graph is called with for `length` true tokens."""
+        return self.bounds.padded(length, self.bucket_pad)
+
+    def check_request(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
         bounds, slots, longest = self.bounds, self.slots, self.bounds.max_seq_len
         static = not bounds.dynamic_seq_len
@@ -101,7 +94,7 @@ class Plan:
         graph, kind = ("prefill", "--kv-cache ") if slots else ("the graph", "")
         taken = prompt_tokens if static or slots else prompt_tokens + max_new_tokens
         # into the KV cache goes the prompt's padding too, and never the last new token
-        padded = bounds.padded(min(prompt_tokens, longest), bucket_pad)
+        padded = self.padded(min(prompt_tokens, longest))
         stored = max(prompt_tokens + max_new_tokens - 1, padded)
         if prompt_tokens < bounds.min_seq_len:
             problem = f"{graph} takes at least {bounds.min_seq_len}"
@@ -123,30 +116,31 @@ class Plan:
 
     def fill_in(self, shared: SharedFlags) -> SharedFlags:
         """Return the flags with the package's device and dtype where the user left them open."""
-        found = {}
+        found, dtype = {}, self.manifest.model.get("dtype") if self.manifest else None
         # where there is no GPU, a package for one is refused with all that differs
         if shared.device == "auto" and self.built.get("device") == "cpu":
             found["device"] = "cpu"
-        if shared.dtype == "auto" and self.dtype in DTYPES:
-            found["dtype"] = self.dtype
+        if shared.dtype == "auto" and dtype in DTYPES:
+            found["dtype"] = dtype
         return replace(shared, **found)
 
 
-def find_plan(settings: RunSettings) -> Plan:
-    """Return the sequence lengths of this run, and the recipe of the package at hand.
+def find_plan(
+    pair: ArtifactPair, asked: ExpectedShapeFlags, must_agree: bool, bucket_pad: bool = False
+) -> Plan:
+    """Return the sequence lengths of this run, and what the package at hand says of itself.
 
     They only choose padding, device and dtype, so unlike the package itself they need no trust.
     Flags that disagree with the metadata are an error, or, for a graph compiled at runtime, win.
     """
-    manifest = peek_manifest(settings.files.pair())
+    manifest = peek_manifest(pair)
     if manifest is None or manifest.approach != APPROACH:
-        return Plan(override(settings.shape), {})
-    built, asked = manifest.recipe, settings.shape.given
-    found = differences(built, asked, asked)
-    if settings.mode == "load":
-        raise_if_different(settings.files.package_path, found)
-    bounds = override(settings.shape) if found else parse_bounds(built)
-    return Plan(bounds, built, manifest.model.get("dtype"))
+        return Plan(override(asked), None, bucket_pad)
+    found = differences(manifest.recipe, asked.given, asked.given)
+    if must_agree:
+        raise_if_different(pair.path, found)
+    bounds = override(asked) if found else parse_bounds(manifest.recipe)
+    return Plan(bounds, manifest, bucket_pad)
 
 
 def override(flags: ExpectedShapeFlags) -> Bounds:

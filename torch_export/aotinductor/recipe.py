@@ -1,70 +1,123 @@
 """What a package was built for, and whether this run is that."""
 
 import hashlib
-from pathlib import Path
+import platform
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aotinductor.flags import BuildSettings
 from aotinductor.lengths import make_bounds
-from aotinductor.package import instruction_set
+from common import machine
 from common.artifact.manifest import Difference, Manifest, differences
-from common.measure.report import gpu_environment, package_version
+from common.model.checkpoint import Checkpoint
+from common.model.stored import Stored
 from common.model.target import Target
-from common.model.weights import list_checkpoint, target_dtype
 
-_SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
+COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
+_CHUNK_BYTES = 1 << 20
 
 
 def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
     """Return every setting that shapes the package."""
-    stored = list_checkpoint(target.checkpoint.folder).values()
+    embed = settings.weights_embedded
     return {
-        **_machine(target),
+        **machine_of(target.device),
         **make_bounds(settings.shape).as_json(),
-        "weights_fingerprint": weights_fingerprint(target.checkpoint.folder),
+        # of weights that are in the package: one of code only is for any of its architecture
+        "weights_fingerprint": weights_fingerprint(target.checkpoint) if embed else None,
+        "layer_digest": target.checkpoint.layer_digest,
         **vars(settings.graph),
         "max_cache_len": settings.slots,
-        "embed_weights": settings.weights_embedded,
-        # the checkpoint's own dtype is another than the one asked for
-        "cast_weights": any(target_dtype(one, target.dtype) != one.dtype for one in stored),
+        "embed_weights": embed,
     }
 
 
-def find_differences(manifest: Manifest, target: Target) -> list[Difference]:
-    """Return every field in which this run is not what the package was built for."""
-    recipe = _machine(target)
+def find_differences(manifest: Manifest, target: Target, library: str) -> list[Difference]:
+    """Return every field in which this start is not what the package was built for.
+
+    `library`: what stands behind its calls. Over libtorch that must be the torch that built it.
+    """
+    built, here = manifest.recipe, machine_of(target.device)
+    if missing := sorted(set(built.get("cpu_features") or ()) - machine.cpu_features()):
+        here["cpu_features"] = f"a processor without {', '.join(missing)}"
+    else:
+        here["cpu_features"] = built.get("cpu_features")
+        if target.device == "cpu":  # all that its word stands for is there
+            here["cpu_capability"] = built.get("cpu_capability")
     # a package of code only is bound to whatever weights of its architecture are there
-    if manifest.recipe.get("embed_weights"):
-        built = manifest.recipe.get("weights_fingerprint")
-        # a folder may hold configuration and tokenizer only
-        recipe["weights_fingerprint"] = weights_fingerprint(target.checkpoint.folder) or built
-    # its code calls into torch's libraries, and its kernels are machine code for one architecture
-    environment = gpu_environment() | {"torch": package_version("torch")}
+    if built.get("embed_weights"):
+        # a folder may hold configuration and tokenizer only; and all of a checkpoint is read again
+        # only if its files are not the very ones that the build read
+        files = files_identity(target.checkpoint)
+        if files is None or files == manifest.details.get("weights_files"):
+            here["weights_fingerprint"] = built.get("weights_fingerprint")
+        else:
+            here["weights_fingerprint"] = weights_fingerprint(target.checkpoint)
+    model = target.describe_model()
+    if built.get("kv_cache"):  # one layer, compiled once, serves any depth
+        here["layer_digest"] = target.checkpoint.layer_digest
+        model["config_digest"] = manifest.model.get("config_digest")
+    environment, fields = machine.gpu_environment(), ["compute_capability"]
+    if library == "libtorch":  # its code calls into torch's libraries
+        environment["torch"] = machine.package_version("torch")
+        fields = ["torch", "cuda", *fields]
+    elif environment["cuda"]:  # the runtime library keeps its interface within a major version
+        major = str(manifest.environment.get("cuda")).partition(".")[0]
+        if environment["cuda"].partition(".")[0] != major:
+            fields = ["cuda", *fields]
     return (
-        differences(manifest.environment, environment, ("torch", "cuda", "compute_capability"))
-        + differences(manifest.model, target.describe_model(), ("config_digest", "dtype"))
-        + differences(manifest.recipe, recipe, recipe)
+        differences(manifest.environment, environment, fields)
+        + differences(manifest.model, model, ("config_digest", "dtype"))
+        + differences(built, here, here)
     )
 
 
-def weights_fingerprint(folder: Path) -> str | None:
-    """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
+def weights_fingerprint(checkpoint: Checkpoint) -> str | None:
+    """Return a digest of all that the model reads: names, shapes, bytes; None without weights.
 
     Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
     with the weights in the package. It is the same however the tensors are cut into files.
     """
-    try:
-        tensors = list_checkpoint(folder)
-    except FileNotFoundError:
-        return None
-    digest = hashlib.sha256()
-    for name, stored in sorted(tensors.items()):
-        with open(stored.path, "rb") as file:
-            file.seek(stored.begin)
-            sample = file.read(min(_SAMPLE_BYTES, stored.nbytes))
-        digest.update(f"{name} {stored.dtype} {stored.shape}".encode() + sample)
+    stored = checkpoint.stored
+    names = sorted(checkpoint.parameters.keys() & stored.keys())
+    with ThreadPoolExecutor() as pool:  # reading and hashing both let go of the GIL
+        digests = pool.map(_content_digest, [stored[name] for name in names])
+        lines = [
+            f"{name} {stored[name].dtype} {stored[name].shape} {digest}"
+            for name, digest in zip(names, digests, strict=True)
+        ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if stored else None
+
+
+def files_identity(checkpoint: Checkpoint) -> str | None:
+    """Return a digest that changes when another file takes the place of one of the weights'.
+
+    Of places, sizes, inodes and times of change: no byte is read. None without weights.
+    """
+    stats = [(path, path.stat()) for path in sorted({t.path for t in checkpoint.stored.values()})]
+    lines = [f"{path} {one.st_size} {one.st_ino} {one.st_mtime_ns}" for path, one in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
+
+
+def _content_digest(tensor: Stored) -> str:
+    digest, left = hashlib.sha256(), tensor.nbytes
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.begin)
+        while left and (piece := file.read(min(_CHUNK_BYTES, left))):
+            digest.update(piece)
+            left -= len(piece)
     return digest.hexdigest()
 
 
-def _machine(target: Target) -> dict[str, str]:
-    return {"device": target.device.type, "cpu_capability": instruction_set(target.device)}
+def machine_of(device: str) -> dict[str, Any]:
+    """Return what a package needs of a processor: the recipe holds it.
+
+    A CUDA package's C++ only launches kernels, so it is compiled for the common level: compiled for
+    exactly this processor, it would die of SIGILL on another one. A CPU package computes in it, and
+    runs where its processor's features are.
+    """
+    capability = machine.cpu_capability()
+    if device == "cuda" and platform.machine() == "x86_64" and capability != "DEFAULT":
+        return {"device": device, "cpu_capability": COMMON_LEVEL, "cpu_features": None}
+    features = sorted(machine.cpu_features())
+    return {"device": device, "cpu_capability": capability, "cpu_features": features}

@@ -17,7 +17,8 @@ from aotinductor.serving import generate_eagerly
 from common.artifact.manifest import parse_manifest
 from common.cli import Console, SamplingFlags, parse_flags
 from common.measure.measures import Request, Stages, process_start
-from common.model.checkpoint import CONFIGS, resolve_checkpoint
+from common.model.checkpoint import resolve_checkpoint
+from common.model.presets import CONFIGS
 from common.model.target import Target, load_model
 from common.model.tokenizer import load_codec
 from common.model.weights import list_checkpoint
@@ -69,7 +70,7 @@ class Pairing:
         stages = Stages(process_start())
         self._engine, _ = load_package(settings, target, self.plan, False, 8, stages, QUIET)
         self.model = load_model(target)
-        self.codec = load_codec(target.checkpoint.folder)
+        self.codec = load_codec(target.checkpoint)
         self.weight_bytes = sum(
             one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
         )

@@ -10,7 +10,7 @@ import torch
 from helpers import FOLDER, run_script, succeeded
 from pairing import NEW_TOKENS, OTHER, QUIET, Pairing, build, run_limited
 
-from common.model.checkpoint import materialize
+from common.model.presets import materialize
 
 LENGTHS = (1, 2, 7, 8, 9, 127, 128, 129, 1000, 2048 - NEW_TOKENS)
 RUN = "run_llama_aotinductor.py"

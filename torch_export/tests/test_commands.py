@@ -10,7 +10,7 @@ from pairing import build
 
 from common.cli import Console
 from common.measure.measures import MEASURES
-from common.model.checkpoint import CONFIGS, materialize
+from common.model.presets import CONFIGS, materialize
 
 RUN = "run_llama_aotinductor.py"
 SMALL = [

@@ -40,6 +40,6 @@ def test_kernel_writes_its_own_slot_alone_and_reads_none_beyond(cases):
     ("head_dim", "supported"), [(32, True), (64, True), (128, True), (80, False), (96, False)]
 )
 def test_heads_whose_halves_are_no_power_of_two_are_left_to_the_plain_path(head_dim, supported):
-    from aotinductor import decode_kernel
+    from aotinductor.build import decode_kernel
 
     assert decode_kernel.supports(head_dim) is supported

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from aotinductor.compile_package import portable_host_code
+from aotinductor.build.compile_package import portable_host_code
 from aotinductor.package import COMMON_LEVEL, instruction_set
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

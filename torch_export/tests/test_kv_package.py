@@ -12,7 +12,7 @@ from pairing import OTHER, QUIET, Pairing, build, run_limited, timed
 from safetensors.torch import load_file, save_file
 
 from common.errors import UsageError
-from common.model.checkpoint import CONFIGS, folder_name, materialize
+from common.model.presets import CONFIGS, materialize, preset_folder
 
 BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
 SLOTS = 2048
@@ -129,10 +129,10 @@ def test_the_package_holds_code_only_and_any_fine_tune_runs_on_it(kv_package, ti
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
-    spoil, words, kv_package, presets_folder, tmp_path
+    spoil, words, kv_package, shared_folders, tmp_path
 ):
     spoilt = tmp_path / "spoilt"
-    shutil.copytree(presets_folder / folder_name("random:tiny"), spoilt)
+    shutil.copytree(preset_folder("random:tiny"), spoilt)
     weights = load_file(spoilt / "model.safetensors")
     spoil(weights)
     save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
@@ -163,12 +163,11 @@ def test_another_llama_with_its_weights_in_the_package(other_checkpoint, tmp_pat
         assert other.packaged(prompt) == other.eager(prompt)
 
 
-def test_a_base_graph_of_code_only_is_bound_too(tmp_path, presets_folder):
+def test_a_base_graph_of_code_only_is_bound_too(tmp_path, shared_folders):
     package = tmp_path / "base.pt2"
     build(package, "--no-embed-weights", "--max-seq-len=64")
     assert (
-        package.stat().st_size
-        < (presets_folder / folder_name("random:tiny") / "model.safetensors").stat().st_size
+        package.stat().st_size < (preset_folder("random:tiny") / "model.safetensors").stat().st_size
     )
     base = Pairing(package, "random:tiny")
     assert base.packaged(base.prompt(20, 8)) == base.eager(base.prompt(20, 8))

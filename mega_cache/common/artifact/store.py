@@ -135,9 +135,14 @@ def fetch(
     """
     if url is None:
         return pair
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        raise errors.EnvironmentProblemError(
+            "--fetch keeps its copies in the user's cache, and this user has no home: set "
+            "XDG_CACHE_HOME to a folder of theirs"
+        )
     # apart from those of other stores
-    copies = cache / "llama_artifacts" / approach / _sha256(url.encode())[:16]
+    copies = Path(cache, "llama_artifacts", approach, _sha256(url.encode())[:16])
     with errors.writing(copies):
         copies.mkdir(parents=True, exist_ok=True, mode=0o700)
     at_hand = _parsed({str(path): path.read_bytes() for path in copies.glob(f"*/{_METADATA}")})

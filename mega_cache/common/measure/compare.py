@@ -5,7 +5,6 @@ flag wins. Modes alternate; greedy tokens must be the same in all of them.
 """
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from common.measure import measures, report
 from common.measure.plots import check_plot, draw
 from common.measure.trials import run_trial
 from common.model.checkpoint import resolve_checkpoint
+from common.model.tokenizer import read_stdin
 
 _KEPT = (
     "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",
@@ -82,7 +82,7 @@ def _commands(subject: Subject, modes: Iterable[str]) -> dict[str, list[str]]:
     words = [f"--num-requests={prompt.num_requests}"]
     words += cli.words_besides((type(subject.flags), cli.ComparisonFlags), subject.argv)
     if prompt.prompt == "-":  # a trial has no stdin: what the user pipes in is read once, here
-        words.append(f"--prompt={sys.stdin.read()}")
+        words.append(f"--prompt={read_stdin()}")
     commands = {mode: [str(subject.script), *words, *subject.modes.get(mode, ())] for mode in modes}
     if cli.FLOOR in commands:
         # the model is looked up here: the floor must not pay for asking the Hub

@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a script of its own
 
+from common import cuda
 from common.cli import FLOOR, Console, SharedFlags, config_of, parse_flags
-from common.compiler.toolchain import open_driver
 from common.errors import run_script
+from common.machine import environment
 from common.measure.measures import Stages, process_start, run_metrics
-from common.measure.report import SCHEMA, environment, write_json
+from common.measure.report import SCHEMA, write_json
 
 # Bytes of one buffer: a copy reads it and writes another, far beyond any cache on a GPU. And copies
 # between two reads of the clock: one of 1 GiB takes a GPU half a millisecond.
@@ -31,19 +32,19 @@ def main(argv: Sequence[str]) -> None:
     (shared,) = parse_flags(__doc__, (SharedFlags,), argv)
     console = Console(shared.quiet)
     stages = Stages(process_start())
-    open_driver(shared.device)
+    cuda.open_early(shared.device != "cpu")
     import torch
 
-    from common.model.target import choose_target, synchronize
-    from common.model.weights import list_checkpoint, start_upload
+    from common.model.target import choose_target
+    from common.model.weights import start_upload
 
     stages.close("imports")
     target = choose_target(shared, console)
     torch.empty(1, device=target.device)  # opens the device: CUDA makes its context here
-    synchronize(target.device)
+    _synchronize(target.device)
     stages.close("device")
-    stored = list_checkpoint(target.checkpoint.folder)
-    if target.device.type == "cuda":
+    stored = target.checkpoint.stored
+    if target.device == "cuda":
         start_upload(stored, target.device).wait()
     else:
         for path in {tensor.path for tensor in stored.values()}:
@@ -78,23 +79,26 @@ def main(argv: Sequence[str]) -> None:
     console.result(f"copy bandwidth: {rate / 1e9:.1f} GB/s (bytes read + written)")
 
 
-def copy_rates(device) -> list[float]:
+def copy_rates(device: str) -> list[float]:
     """Return bytes read + written per second of several copies within the device's memory."""
     import torch
 
-    from common.model.target import synchronize
-
-    size, copies = _COPIED[device.type]
+    size, copies = _COPIED[device]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, rates = torch.zeros_like(source), []
     for _ in range(9):
-        synchronize(device)
+        _synchronize(device)
         began = time.perf_counter()
         for _ in range(copies):
             target.copy_(source)
-        synchronize(device)
+        _synchronize(device)
         rates.append(2 * size * copies / (time.perf_counter() - began))
     return rates[2:]  # the first ones warm up
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        cuda.runtime().cudaDeviceSynchronize()
 
 
 if __name__ == "__main__":

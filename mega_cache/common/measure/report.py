@@ -1,80 +1,17 @@
 """Result files, and the tables and lines that are printed from the very same dictionaries."""
 
-import functools
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.artifact.manifest import in_rehearsal
+from common.machine import environment
 from common.measure.measures import COMPARED, COMPARED_BRIEFLY, MEASURES, succeeded
 
 SCHEMA = 1
-
-# ---- the machine and the stack -----------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """Return the machine and the stack, None where unknown: the GPU, before torch is imported."""
-    return gpu_environment() | _stack() | ({"rehearsal": True} if in_rehearsal() else {})
-
-
-def gpu_environment() -> dict[str, Any]:
-    """Return name, compute capability, driver and CUDA of the GPU, each None without one."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return dict.fromkeys(("gpu", "compute_capability", "driver", "cuda"))
-    # the kernel module says it at once; nvidia-smi takes a good part of a second, inside a start
-    driver = _found_in("/proc/driver/nvidia/version", r"\s(\d+\.[\d.]+)")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": driver[0] if driver else None,
-        "cuda": torch.version.cuda,
-    }
-
-
-def package_version(name: str) -> str | None:
-    """Return an installed package's version without importing it, or None."""
-    # imported here: --help does without its 50 ms
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-@functools.cache  # asks git, and reads metadata of packages: once a process
-def _stack() -> dict[str, Any]:
-    # of the repository that this file is in, marked when it has changes
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    quiet = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parent, "timeout": 10}
-    commit = None
-    with suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.check_output(describe, text=True, **quiet).strip()
-    cpus = _found_in("/proc/cpuinfo", r"^model name\s*: (.*)")
-    return {
-        **{name: package_version(name) for name in ("torch", "triton", "transformers")},
-        "python": platform.python_version(),
-        # not platform.platform(): the name of a kernel build tells of the machine's owner
-        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
-        "cpu": f"{cpus[0]} x{len(cpus)}" if cpus else platform.processor() or None,
-        "commit": commit,
-    }
-
-
-def _found_in(path: str, pattern: str) -> list[str]:
-    file = Path(path)
-    return re.findall(pattern, file.read_text(), re.MULTILINE) if file.exists() else []
-
 
 # ---- result files ------------------------------------------------------------------------
 
@@ -94,9 +31,31 @@ def write_json(document: dict, path: Path | None) -> None:
 
 
 def as_json_text(document: dict) -> str:
-    """Return JSON to be handed on: no place of this machine, an array of numbers on one line."""
-    text = json.dumps(document, indent=2, allow_nan=False)
-    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda array: " ".join(array[0].split()), text)
+    """Return JSON to be handed on: no place of this machine, an array of numbers on one line.
+
+    Texts of prompts and completions stay as they are, whatever they hold.
+    """
+    return _as_json(_without_places(document), "") + "\n"
+
+
+_TEXTS = ("prompt", "text", "completions")
+
+
+def _without_places(value: Any, key: str = "") -> Any:
+    """Return the value with the folders that its paths begin with made general."""
+    if isinstance(value, dict):
+        return {name: _without_places(one, name) for name, one in value.items()}
+    if key in _TEXTS:
+        return value
+    if isinstance(value, list | tuple):
+        # in a command the word after --prompt is one, and the word itself holds one after the =
+        words = ["", *value]
+        return [
+            one if _is_prompt(one, before) else _without_places(one)
+            for before, one in zip(words, value, strict=False)
+        ]
+    if not isinstance(value, str):
+        return value
     places = {
         f"{Path(__file__).resolve().parents[2]}/": "./",
         sys.executable: "python",
@@ -104,8 +63,26 @@ def as_json_text(document: dict) -> str:
         os.path.expanduser("~") + "/": "~/",
     }
     for place in sorted(places, key=len, reverse=True):  # a folder may lie in another one
-        text = text.replace(place, places[place])
-    return text + "\n"
+        value = value.replace(place, places[place])
+    return value
+
+
+def _is_prompt(word: Any, before: Any) -> bool:
+    return before == "--prompt" or (isinstance(word, str) and word.startswith("--prompt="))
+
+
+def _as_json(value: Any, indent: str) -> str:
+    """Return what json.dumps does with an indent of two, but numbers of an array side by side."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(str(k))}: {_as_json(one, inner)}" for k, one in value.items()]
+        return f"{{\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and value:
+        rows = [_as_json(one, inner) for one in value]
+        if all(isinstance(one, int | float) for one in value):
+            return f"[{', '.join(rows)}]"
+        return f"[\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
 
 
 # ---- tables ------------------------------------------------------------------------------

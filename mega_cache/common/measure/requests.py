@@ -1,18 +1,20 @@
 """Serving the requests of a run: timed, streamed, and told as the run's result."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
+from common import cuda
 from common.cli import Console, config_of
 from common.compiler.counts import Watch, read_counts
+from common.machine import environment
 from common.measure import measures
-from common.measure.report import SCHEMA, environment, markdown_table, number
-from common.model.target import Target, device_bandwidth, device_memory, synchronize
+from common.measure.report import SCHEMA, markdown_table, number
+from common.model.stored import item_bytes
+from common.model.target import Target
 from common.model.tokenizer import TextCodec, text_printer
-from common.model.weights import list_checkpoint
 
 # (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
 # each one as it reaches the host
@@ -56,10 +58,10 @@ def serve_requests(
     # the same prompt again and again is shown once
     shows_all = settings.prompt.show_completions or settings.prompt.prompts_file is not None
     shown = len(prompts) if shows_all else 1
-    served = [_serve(prompt, generate, target, text_printer(codec)) for prompt in prompts[:shown]]
-    # a bar for those that show nothing else
-    with console.bar(prompts[shown:], "generate", "request") as rest:
-        served += [_serve(prompt, generate, target, lambda token_id: None) for prompt in rest]
+    served = [_serve(prompt, generate, text_printer(codec)) for prompt in prompts[:shown]]
+    if rest := prompts[shown:]:
+        with console.bar(rest, "generate", "request") as bar:  # they show nothing else
+            served += [_serve(prompt, generate, lambda token_id: None) for prompt in bar]
     requests, completions = zip(*served, strict=True)
     # request 1 up to its first token is prefill; all the rest of generation is decode
     stages.seconds["prefill"] = requests[0].ttft_seconds
@@ -81,7 +83,7 @@ def serve_requests(
         "hidden_stages": stages.hidden,
         "requests": [vars(request) for request in requests],
         "compile": read_counts(watch),
-        "device_memory": device_memory(target.device),
+        "device_memory": _device_memory(target),
         "output": {
             "prompt_tokens": len(prompts[0]),
             "new_tokens": len(first),
@@ -93,8 +95,17 @@ def serve_requests(
     }
 
 
+def _device_memory(target: Target) -> dict[str, int] | None:
+    """Return the GPU's bytes in use, and the most that torch's tensors held; None on a CPU."""
+    if target.device != "cuda":
+        return None
+    torch = sys.modules.get("torch")
+    peak = torch.cuda.max_memory_allocated() if torch else None
+    return {"used_bytes": cuda.used_bytes(), "peak_allocated_bytes": peak}
+
+
 def _serve(
-    prompt: list[int], generate: Generate, target: Target, show: Callable[[int | None], None]
+    prompt: list[int], generate: Generate, show: Callable[[int | None], None]
 ) -> tuple[measures.Request, list[int]]:
     """Return what one request took and the new token ids; `show` gets each, and None at the end."""
     arrivals = []
@@ -103,10 +114,8 @@ def _serve(
         arrivals.append(time.monotonic())
         show(token_id)
 
-    synchronize(target.device)
     began = time.monotonic()
-    token_ids = generate(prompt, on_token)
-    synchronize(target.device)
+    token_ids = generate(prompt, on_token)  # all of them are on the host: the device has finished
     seconds = time.monotonic() - began
     show(None)
     return measures.Request(seconds, arrivals[0] - began, len(token_ids)), token_ids
@@ -117,21 +126,17 @@ def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dic
 
     That is every weight once, except the embedding table, of which one row is looked up (a tied
     one is read whole as the output layer), and K and V of the slots that are filled on average:
-    the prompt's and half of the new tokens', but neither masked ones nor padding. The bytes are
-    None where the folder holds the configuration only, because the artifact brings the weights.
+    the prompt's and half of the new tokens', but neither masked ones nor padding.
     """
-    checkpoint, needed = target.checkpoint, None
-    with suppress(FileNotFoundError):
-        stored = list_checkpoint(checkpoint.folder)
-        tied = checkpoint.config.get("tie_word_embeddings", False)
-        unread = ("lm_head.weight" if tied else "model.embed_tokens.weight", "rotary_emb.inv_freq")
-        weights = sum(one.count for name, one in stored.items() if not name.endswith(unread))
-        slot = checkpoint.config["num_hidden_layers"] * checkpoint.kv_heads * checkpoint.head_dim
-        slots = prompt_tokens + requests[0].new_tokens / 2
-        needed = (weights + slots * 2 * slot) * target.dtype.itemsize
+    checkpoint = target.checkpoint
+    unread = () if checkpoint.tied else ("embed_tokens.weight",)
+    read = [shape for name, shape in checkpoint.parameters.items() if not name.endswith(unread)]
+    slot = checkpoint.layers * checkpoint.kv_heads * checkpoint.head_dim
+    slots = prompt_tokens + requests[0].new_tokens / 2
+    needed = (sum(map(math.prod, read)) + slots * 2 * slot) * item_bytes(target.dtype)
     seconds = measures.decode_seconds_per_token(requests)
     rate = measures.quotient(needed, seconds)
-    peak = device_bandwidth(target.device)
+    peak = cuda.describe().bytes_per_second if target.device == "cuda" else None
     return {
         "seconds_per_token": seconds,
         "tokens_per_second": measures.quotient(1, seconds),

@@ -3,7 +3,6 @@
 Cold means: new process, empty compiler caches. The page cache is warm after the first trial.
 """
 
-import getpass
 import json
 import os
 import signal
@@ -12,11 +11,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.compiler.caches import cache_places, place_for_compilers
 from common.errors import INTERRUPTED
 from common.measure.measures import START_VARIABLE
 
@@ -37,37 +37,15 @@ class Outcome:
         return self.error is None
 
 
-@contextmanager
-def private_compiler_caches() -> Iterator[None]:
-    """Give this process empty compiler caches that nobody else can write to, removed at its end.
-
-    Inductor's default is a guessable folder under /tmp, accepted even if another user made it, and
-    its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
-    in the environment is kept.
-    """
-    # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
-    with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
-        places = _places(folder)
-        added = {name: places[name] for name in places.keys() - os.environ.keys()}
-        os.environ.update(added)
-        tempfile.tempdir = None  # it remembers the first TMPDIR it saw
-        try:
-            yield
-        finally:
-            for name in added:
-                os.environ.pop(name, None)
-            tempfile.tempdir = None
-
-
 def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     """Run a script in a fresh process, with all its temporary files in one folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="llama-trial-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llama-trial-", dir=place_for_compilers()) as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
         start = time.monotonic()
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, *script_and_flags, "--quiet", f"--json={result}"],
-                env=os.environ | _places(folder) | {START_VARIABLE: repr(start)},
+                env=os.environ | cache_places(folder) | {START_VARIABLE: repr(start)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -82,21 +60,6 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
         elif process.returncode or document is None:
             error = _describe_end(process.returncode, peak_bytes, log.read_text("utf-8", "replace"))
         return Outcome(wall_seconds, peak_bytes, document, error)
-
-
-def _places(folder: str) -> dict[str, str]:
-    """Return the variables that keep a process's temporary files and caches in `folder`."""
-    places = {
-        "TMPDIR": folder,
-        "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor"),
-        "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
-    }
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # Python to 3.12, from 3.13 on
-        # Inductor asks for a user name even where the user id has none
-        places["USER"] = f"uid-{os.getuid()}"
-    return places
 
 
 def _wait(process: subprocess.Popen) -> int:

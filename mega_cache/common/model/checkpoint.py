@@ -1,15 +1,19 @@
-"""From `--model-id` to a checkpoint folder: Hub id, local folder or preset, one path for all.
+"""From `--model-id` to a checkpoint: Hub id, local folder or preset, one path for all.
 
-A preset has a real model's shape and random weights. It is written once as a checkpoint folder like
-any other, with a byte-level tokenizer, and needs no download and no licence.
+What the checkpoint is, transformers says (`common.model.resolve`): once. The answer is kept by
+digest of the files that it came from, in an artifact's metadata for the checkpoint that it was
+built from, and for any other in the user's cache.
 """
 
-import copy
+import fnmatch
 import hashlib
 import json
+import mmap
 import os
+import re
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,90 +21,226 @@ from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-from common.measure.report import package_version
+from common.machine import package_version
+from common.model.presets import CONFIGS, materialize, preset_folder
+from common.model.resolve import RESOLVER, ask_transformers
+from common.model.stored import Stored, list_stored
 
-# what shapes a Llama's graph; names, dates and token ids in config.json do not
-_ARCHITECTURE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "rms_norm_eps",
-    "hidden_act",
-    "max_position_embeddings",
-)
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
-_PRESETS_FOLDER = Path(__file__).resolve().parents[2] / "artifacts" / "checkpoints"
+_HUB_FILES = [
+    "*.json", "*.jinja", "model.safetensors", "model-*-of-*.safetensors", "tokenizer.model",
+]  # fmt: skip
+# what transformers' answer depends on
+_ASKED_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "chat_template*", "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder on disk and where it came from."""
+    """A checkpoint folder on disk, where it came from, and what transformers makes of it."""
 
     folder: Path
     model_id: str
     revision: str | None
+    resolved: dict[str, Any]  # as `ask_transformers` returns it, and the digest of `files`
 
-    @cached_property
-    def config(self) -> dict:
-        return _read_json(self.folder / "config.json")
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What shapes the graphs, equal for every fine-tune of one model."""
+        return self.resolved["architecture"] | {"tied": self.tied}
 
-    @cached_property
-    def config_digest(self) -> str:
-        """Return a digest of the architecture: equal for every fine-tune of one model."""
-        config = self.config
-        rope = config.get("rope_parameters") or {}  # transformers 5 writes one dict for both
-        scaling = rope or config.get("rope_scaling") or {}
-        switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-        known = {name: config.get(name) for name in _ARCHITECTURE}
-        known |= {name: bool(config.get(name)) for name in switches}
-        known |= {
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
-            "rope_scaling": {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")},
-        }
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    @property
+    def rope(self) -> dict[str, Any]:
+        """inv_freq, attention_scaling; and type, depends_on_length."""
+        return self.resolved["rope"]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.resolved["stop_ids"])
+
+    @property
+    def layers(self) -> int:
+        return self.architecture["layers"]
 
     @property
     def kv_heads(self) -> int:
-        return self.config.get("num_key_value_heads") or self.config["num_attention_heads"]
+        return self.architecture["kv_heads"]
 
     @property
     def head_dim(self) -> int:
-        config = self.config
-        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        return self.architecture["head_dim"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.architecture["hidden_size"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.architecture["vocab_size"]
 
     @cached_property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        generation = self.folder / "generation_config.json"
-        settings = _read_json(generation) if generation.exists() else {}
-        eos = settings.get("eos_token_id", self.config.get("eos_token_id"))
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (eos,)
+    def config_digest(self) -> str:
+        return _digest(self.architecture)
+
+    @cached_property
+    def layer_digest(self) -> str:
+        """Return a digest of the architecture, whatever the number of layers."""
+        return _digest({k: v for k, v in self.architecture.items() if k != "layers"})
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """What the model reads of the folder's files, by name; {} of a folder without weights."""
+        ignored = [re.compile(pattern) for pattern in self.resolved["ignored"]]
+        return {
+            name: tensor
+            for name, tensor in self._held.items()
+            if name not in self.aliases and not any(one.search(name) for one in ignored)
+        }
+
+    @cached_property
+    def _held(self) -> dict[str, Stored]:
+        """All that the files hold."""
+        return list_stored(self.folder)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Further names of one tensor -> its own: `lm_head.weight` where it is tied."""
+        return {
+            name: own
+            for name, own in self.resolved["tied"].items()
+            if not (self.resolved["ties_equal_only"] and self._differ(name, own))
+        }
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.aliases)
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that the model reads."""
+        texts = dict(self.resolved["parameters"])
+        apart = self.resolved["tied"].keys() - self.aliases.keys()
+        texts |= {name: texts[self.resolved["tied"][name]] for name in apart}
+        return {k: tuple(map(int, v.split("x"))) if v else () for k, v in texts.items()}
+
+    def require_weights(self) -> None:
+        """Raise UsageError if the folder holds none, as one may beside a package with its own."""
+        if not self.stored:
+            raise UsageError(f"{self.folder} has no model.safetensors: {_CONVERT}")
+
+    def check_tensors(self) -> None:
+        """Raise UsageError, naming them, if tensors are missing, left over, or of another shape."""
+        stored, expected = self.stored, self.parameters
+        known = expected.keys() | set(self.resolved["optional"])
+        left_over = [name for name in stored if name not in known]
+        missing = [name for name in expected if name not in stored]
+        misshapen = [
+            f"{name} with shape {list(stored[name].shape)} in place of {list(shape)}"
+            for name, shape in expected.items()
+            if name in stored and stored[name].shape != shape
+        ]
+        found = {"missing": missing, "left over": left_over, "of another shape": misshapen}
+        if any(found.values()):
+            problems = [
+                f"{len(names)} {what}, {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+                for what, names in found.items()
+                if names
+            ]
+            kind = self.architecture["model_type"]
+            raise UsageError(
+                f"the tensors in {self.folder} are not those of the {kind} model that its "
+                f"config.json describes: {'; '.join(problems)}: take the whole checkpoint, as "
+                "transformers' save_pretrained writes it"
+            )
+
+    def _differ(self, name: str, other: str) -> bool:
+        """Say whether both are stored and hold other bytes."""
+        if not (name in self._held and other in self._held):
+            return False
+        one, two = self._held[name], self._held[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return True
+        return any(a != b for a, b in zip(_chunks(one), _chunks(two), strict=True))
 
 
-def resolve_checkpoint(model_id: str, console: Console) -> Checkpoint:
-    """Return the checkpoint for `--model-id`, downloading or materialising it when needed."""
+_CONVERT = (
+    "weights are read from safetensors; convert others with transformers' "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
+
+
+def resolve_checkpoint(
+    model_id: str, console: Console, known: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Return the checkpoint for `--model-id`, downloading or materialising it when needed.
+
+    `known` is what an artifact's metadata says of the checkpoint that it was built from. What
+    cannot be right is refused here, by name.
+    """
+    folder, revision = _find_folder(model_id, console)
+    _refuse_formats(folder)
+    digest = _files_digest(folder)
+    if not (_is_answer(known) and known["files"] == digest):
+        known = _recall(digest)
+    if known is None:
+        for path in folder.glob("*.json"):
+            if _asked(path):
+                _read_json(path)
+        console.say(f"asking transformers what {model_id} is: once, the answer is kept")
+        known = ask_transformers(folder) | {"files": digest}
+        _remember(known)
+    checkpoint = Checkpoint(folder, model_id, revision, known)
+    if checkpoint.stored:
+        checkpoint.check_tensors()
+    return checkpoint
+
+
+def _find_folder(model_id: str, console: Console) -> tuple[Path, str]:
+    """Return the checkpoint's folder and its revision."""
     if model_id.startswith("random:"):
         if model_id not in CONFIGS:
             raise UsageError(f"no preset is called {model_id!r}: choose from {', '.join(CONFIGS)}")
-        # one set of big checkpoints can serve both folders
-        parent = Path(os.environ.get("LLAMA_PRESETS", _PRESETS_FOLDER))
-        folder = materialize(CONFIGS[model_id], parent / folder_name(model_id), console)
+        folder = materialize(CONFIGS[model_id], preset_folder(model_id), console)
         console.say(f"{model_id} has random weights: its text is noise, its timing is real")
-        return Checkpoint(folder.resolve(), model_id, folder.name)
+        return folder.resolve(), folder.name
     folder = Path(model_id).expanduser()
+    if folder.is_file():
+        raise UsageError(f"--model-id {folder} is a file: give the checkpoint's folder")
     if not folder.is_dir():
         folder = _download(model_id)
-        return Checkpoint(folder, model_id, folder.name)
+        return folder, folder.name
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no checkpoint folder: it has no config.json")
     digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
-    return Checkpoint(folder.resolve(), model_id, f"config-{digest}")
+    return folder.resolve(), f"config-{digest}"
+
+
+def _refuse_formats(folder: Path) -> None:
+    """Raise UsageError for what no mode can serve and a look at the folder tells."""
+    path = folder / "config.json"
+    config = _read_json(path)
+    for name in ("quantization_config", "compression_config"):
+        if config.get(name):
+            method = config[name].get("quant_method", "unknown method")
+            raise UsageError(
+                f"{path} has a {name} ({method}): quantised checkpoints are not supported; take "
+                "the model's original one in bfloat16, float16 or float32"
+            )
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and not list(folder.glob("model*.safetensors*")):
+        raise UsageError(f"{folder} has {pickled[0].name} and no model.safetensors: {_CONVERT}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged ({error}): download it again") from error
 
 
 def _download(model_id: str) -> Path:
@@ -115,7 +255,7 @@ def _download(model_id: str) -> Path:
         return " ".join(text.split())
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=_FILES, ignore_patterns="*/*"))
+        return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
     except errors.GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
         raise EnvironmentProblemError(
             f"{line(error)} Ask for access on its Hub page, then set HF_TOKEN; "
@@ -134,143 +274,73 @@ def _download(model_id: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+# --- transformers' answers, kept -------------------------------------------------------------
 
 
-# --- presets ---------------------------------------------------------------------------------
-
-# raised when the way weights are drawn changes, so that no old folder is taken for a new one
-_RECIPE = 2
-# ids 0 to 255 are the bytes
-_SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+def _files_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if _asked(path) and path.is_file():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
 
 
-def _shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, factor=32.0, **other):
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-        # At the usual 0.02 a random tied model repeats its last token whatever the context, so that
-        # a broken attention passes every test. With std * sqrt(hidden) at 2.4 it reacts to every
-        # token.
-        "initializer_range": 2.4 / hidden**0.5,
-        "bos_token_id": 256,
-        "eos_token_id": 259,
-    } | other
+def _asked(path: Path) -> bool:
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _ASKED_FILES)
 
 
-CONFIGS = {
-    "random:tiny": _shape(256, 704, 4, 8, 2, 32, 512, dtype="float32"),
-    "random:1b": _shape(2048, 8192, 16, 32, 8, 64, 128256),
-    "random:3b": _shape(3072, 8192, 28, 24, 8, 128, 128256),
-    "random:8b": _shape(4096, 14336, 32, 32, 8, 128, 128256, 8.0, tie_word_embeddings=False),
-}
+def _is_answer(known: Any) -> bool:
+    return isinstance(known, dict) and known.get("resolver") == RESOLVER
 
 
-def folder_name(preset: str) -> str:
-    """Return a name that changes with everything that shapes the checkpoint's files."""
-    # transformers 5 writes the rope settings under a name that 4 does not read
-    writer = package_version("transformers").partition(".")[0]
-    text = json.dumps([_RECIPE, writer, CONFIGS[preset]], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{preset.replace(':', '-')}-{digest}"
+def _cache_folder() -> Path | None:
+    """Return the user's folder for answers; None where this user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "llama_artifacts", "checkpoints") if os.path.isabs(base) else None
 
 
-def materialize(config: dict[str, Any], folder: Path, console: Console, seed: int = 0) -> Path:
-    """Write the checkpoint `folder` for this configuration unless it is there; return it.
-
-    Made beside its final place and renamed, so that a folder of this name is always whole.
-    """
-    if folder.is_dir():
-        return folder
-    # imported here: every start of a preset comes by, and writes nothing
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
-    with FileLock(folder.with_name(f".{folder.name}.lock")), draft as temporary:
-        if not folder.is_dir():  # else another process was faster
-            made = Path(temporary, "checkpoint")
-            console.say(f"writing random weights to {folder}")
-            _write_model(config, seed, made)
-            _write_tokenizer(made)
-            made.rename(folder)
-    return folder
+def _installed_transformers() -> str:
+    """Return its version, "*" where there is none: then an answer of any version will do."""
+    return package_version("transformers") or "*"
 
 
-def _write_model(config: dict[str, Any], seed: int, folder: Path) -> None:
-    """Write configuration and random weights: the same ones on every machine.
-
-    Each weight is drawn on the CPU from the seed and its own name, so neither a GPU nor the number
-    of threads changes it.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    own = copy.deepcopy(config)  # transformers 5 writes into the rope settings that it is given
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**own))
-    dtype = getattr(torch, config["dtype"])
-
-    def draw(name: str) -> torch.Tensor:
-        shape = model.get_parameter(name).shape
-        if "norm" in name:
-            return torch.ones(shape, dtype=dtype)
-        own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]
-        generator = torch.Generator().manual_seed(int.from_bytes(own_seed, "big"))
-        weight = torch.randn(shape, generator=generator)
-        return weight.mul_(config["initializer_range"]).to(dtype)
-
-    names = [name for name, _ in model.named_parameters()]  # a tied weight comes once
-    with ThreadPoolExecutor() as pool:  # random numbers are drawn outside the GIL
-        weights = dict(zip(names, pool.map(draw, names), strict=True))
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
+def _recall(files: str) -> dict[str, Any] | None:
+    """Return the answer kept for these files; a damaged one is none."""
+    folder = _cache_folder()
+    if folder is None:
+        return None
+    for path in sorted(folder.glob(f"{files}-{_installed_transformers()}.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(path.read_bytes())
+            answer = kept["answer"]
+            if kept["sha256"] == _digest(answer) and _is_answer(answer):
+                return answer
+    return None
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Write a byte-level tokenizer: one token a byte, then the special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _remember(answer: dict[str, Any]) -> None:
+    """Write the answer whole or not at all; a folder that can't be written to is no failure."""
+    folder = _cache_folder()
+    if folder is None:
+        return
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{answer['files']}-{answer['transformers']}.json"
+        text = json.dumps({"sha256": _digest(answer), "answer": answer})
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _SPECIAL[0],
-        "eos_token": _SPECIAL[-1],
-        "chat_template": _CHAT_TEMPLATE,
-        "model_max_length": 131072,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _chunks(tensor: Stored) -> Iterator[memoryview | bytes]:
+    with ExitStack() as stack:
+        file = stack.enter_context(open(tensor.path, "rb"))
+        mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        end = tensor.begin + tensor.nbytes
+        for begin in range(tensor.begin, end, _CHUNK_BYTES):
+            yield mapped[begin : min(begin + _CHUNK_BYTES, end)]

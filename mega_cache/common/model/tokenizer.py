@@ -1,118 +1,294 @@
 """From text to token ids and back, the same in every mode; and onto the user's screen.
 
-`tokenizers` and the checkpoint's own files are all it takes: transformers costs a lean start
-1.7 s, and two tokenising paths could disagree.
+`tokenizers`, jinja2 and what transformers once said of the checkpoint are all it takes: importing
+transformers costs a lean start 1.7 s.
 """
 
 import json
 import random
+import re
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from common.cli import PromptFlags
 from common.errors import UsageError
+from common.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+Messages = Sequence[dict[str, str]]  # {"role": ..., "content": ...}
+
+# tokens of the end of a text that are decoded again for each new one: what a token becomes depends
+# on its neighbours, never on one this far away
+_WINDOW = 32
+# what a tokenizer takes from another one
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_NO_TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+    **dict.fromkeys(_PARTS), "model": {"type": "BPE", "vocab": {}, "merges": []},
+}  # fmt: skip
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# transformers' clean_up_tokenization, in its order
+_CLEANED = {
+    " .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m",
+    " 's": "'s", " 've": "'ve", " 're": "'re",
+}  # fmt: skip
+# an end that may yet become part of one of these
+_MAY_BE_CLEANED = re.compile(r"(?: ')*(?: [^ ]{0,3})?$")
+
 
 @dataclass(frozen=True)
 class TextCodec:
-    """A checkpoint's tokenizer with its chat template."""
+    """A checkpoint's tokenizer with its chat template, as transformers has them."""
 
     tokenizer: "Tokenizer"
-    special: dict[str, str]  # like bos_token -> its text
+    special: dict[str, Any]  # like bos_token -> its text
     chat_template: str | None
+    vocab_size: int  # of the model: ids below it have a row in the embedding
+    cleans_up: bool = False  # decoding ends in clean_up_tokenization
 
-    def encode(self, prompt: str, chat: bool = False) -> list[int]:
-        """Return the token ids of the bare text, or of one user message in the chat template."""
-        if not chat:
-            return self.tokenizer.encode(prompt).ids
+    def encode(self, prompt: str | Messages, chat: bool = False) -> list[int]:
+        """Return the token ids of the bare text, or of messages in the chat template.
+
+        With `chat` a text is one user message. Raises UsageError for a token that the model lacks.
+        """
+        try:  # what a shell hands over need not be UTF-8
+            str(prompt).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the prompt is no UTF-8: {error}") from error
+        if isinstance(prompt, str) and not chat:
+            ids = self.tokenizer.encode(prompt).ids
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = self.render(messages)
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        for one in ids:
+            if one >= self.vocab_size:
+                raise UsageError(
+                    f"the prompt holds token {one}, {self.tokenizer.id_to_token(one)!r}, and the "
+                    f"model's vocabulary has {self.vocab_size}: its embedding lacks that row"
+                )
+        return ids
+
+    def render(self, messages: Messages) -> str:
+        """Return the text that the chat template makes of messages, up to the answer's begin."""
         if self.chat_template is None:
             raise UsageError("the checkpoint has no chat template: leave --chat out")
-        # rendered as transformers does: same sandbox, same trimming, same helpers
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError
 
-        def refuse(message: str) -> None:
-            raise UsageError(f"the checkpoint's chat template refuses this prompt: {message}")
+        try:
+            template = _chat_environment().from_string(self.chat_template)
+            return template.render(
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None,
+                **self.special,
+            )  # fmt: skip
+        except TemplateError as error:
+            raise UsageError(f"the checkpoint's chat template refuses this: {error}") from error
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        messages = [{"role": "user", "content": prompt}]
-        text = environment.from_string(self.chat_template).render(
-            messages=messages, add_generation_prompt=True, tools=None, **self.special
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return _clean(text) if self.cleans_up else text
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of single bytes, if the tokenizer falls back to them: `<0xC3>`."""
+        if "ByteFallback" not in repr(self.tokenizer.decoder):
+            return frozenset()
+        vocabulary = self.tokenizer.get_vocab()
+        return frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+
+    @cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that decoding skips."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(one for one, token in added.items() if token.special)
 
     def synthetic_prompt(self, length: int, seed: int) -> list[int]:
         """Return `length` seeded random token ids, none of them special."""
-        generator = random.Random(seed)
         ordinary = self.tokenizer.get_vocab_size(with_added_tokens=False)
-        return [generator.randrange(ordinary) for _ in range(length)]
+        ordinary = min(ordinary, self.vocab_size)
+        generator, ids = random.Random(seed), []
+        while len(ids) < length:
+            if (one := generator.randrange(ordinary)) not in self.silent_ids:
+                ids.append(one)
+        return ids
 
 
-def load_codec(folder: Path) -> TextCodec:
+class TextStream:
+    """The text of token ids that come one by one.
+
+    What `add` and `end` return, put together, is what decoding all ids gives, and at any time the
+    beginning of it: what a later token may change is held back.
+    """
+
+    def __init__(self, codec: TextCodec):
+        self._codec = codec
+        self._ids: list[int] = []  # the newest, and _WINDOW before them
+        self._given = 0  # characters of their text
+        self._in_bytes = False  # the newest are single bytes
+
+    def add(self, token_id: int) -> str:
+        """Return the text that is certain now and was not before."""
+        self._ids.append(token_id)
+        if token_id in self._codec.byte_ids:
+            self._in_bytes = True
+        elif token_id not in self._codec.silent_ids:
+            self._in_bytes = False
+        if self._in_bytes:
+            return ""  # one more that is no UTF-8 spoils a whole run of bytes
+        text = self._text()
+        # half a character is a replacement character until its other half is there
+        certain = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        if self._codec.cleans_up:
+            certain = _MAY_BE_CLEANED.search(text, 0, certain).start()
+        return self._give(text, certain)
+
+    def end(self) -> str:
+        """Return what was held back."""
+        text = self._text()
+        return self._give(text, len(text))
+
+    def _text(self) -> str:
+        # as it stands in front of any cleaning up: that is done piece by piece
+        return self._codec.tokenizer.decode(self._ids, skip_special_tokens=True)
+
+    def _give(self, text: str, certain: int) -> str:
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if len(self._ids) >= 2 * _WINDOW:
+            self._forget(text)
+        return _clean(piece) if self._codec.cleans_up else piece
+
+    def _forget(self, text: str) -> None:
+        """Keep the newest ids alone, if they have the same text without those before them."""
+        ids = self._ids[-_WINDOW:]
+        shorter = self._codec.tokenizer.decode(ids, skip_special_tokens=True)
+        given = self._given - (len(text) - len(shorter))
+        # the first characters may differ: a stripped space, a character cut in two
+        if given > 8 and text.endswith(shorter[4:]):
+            self._ids, self._given = ids, given
+
+
+def load_codec(checkpoint: Checkpoint) -> TextCodec:
+    """Return the checkpoint's tokenizer as transformers encodes and decodes with it."""
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no tokenizer.json: a fast tokenizer is needed")
-    settings_path = folder / "tokenizer_config.json"
-    settings = json.loads(settings_path.read_bytes()) if settings_path.exists() else {}
-    special = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if token := settings.get(name):  # in older files with its stripping rules
-            special[name] = token["content"] if isinstance(token, dict) else token
-    file = folder / "chat_template.jinja"  # where newer checkpoints keep it
-    template = file.read_text() if file.exists() else settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    return TextCodec(Tokenizer.from_file(str(path)), special, template)
+    path, told = checkpoint.folder / "tokenizer.json", checkpoint.resolved["tokenizer"]
+    changes = told["changes"]
+    parts = {name: part for name, part in changes.items() if name in _PARTS and part is not None}
+    try:
+        if len(parts) == len(changes):  # large files are parsed once, and not in Python
+            tokenizer = Tokenizer.from_file(str(path))
+            donor = Tokenizer.from_str(json.dumps(_NO_TOKENIZER | parts))
+            for name in parts:
+                setattr(tokenizer, name, getattr(donor, name))
+        else:
+            sections = json.loads(path.read_bytes())
+            model = sections["model"] | changes.get("model", {})
+            sections = sections | changes | {"model": model}
+            tokenizer = Tokenizer.from_str(json.dumps(sections))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UsageError(f"{path} is damaged ({error}): download it again") from error
+    # what a trainer stored there is no part of encoding a prompt
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = told["split_special_tokens"]
+    return TextCodec(
+        tokenizer, told["special"], told["chat_template"], checkpoint.vocab_size, told["cleans_up"]
+    )
 
 
 def prompts_of(flags: PromptFlags, codec: TextCodec, seed: int) -> list[list[int]]:
     """Return the token ids of every request that the flags ask for, in order."""
     if flags.prompt_length:
         return [codec.synthetic_prompt(flags.prompt_length, seed)] * flags.num_requests
-    if flags.prompts_file is None:
-        texts = [sys.stdin.read() if flags.prompt == "-" else flags.prompt]
-    else:
-        try:
-            lines = flags.prompts_file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompts-file {flags.prompts_file}: {error}") from error
-        texts = [line for line in lines if line.strip()]
+    texts = _texts_of(flags)
     prompts = [codec.encode(text, flags.chat) for text in texts]
     if not prompts or not all(prompts):
         raise UsageError("a prompt has no tokens: give some text, or --prompt-length N")
     return prompts * flags.num_requests
 
 
+def _texts_of(flags: PromptFlags) -> list[str]:
+    if flags.prompts_file is not None:
+        try:
+            text = flags.prompts_file.read_bytes().decode("utf-8-sig")  # without a BOM
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompts-file {flags.prompts_file}: {error}") from error
+        # newlines alone end a line: a prompt may hold a form feed or U+2028
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
+        return [line for line in lines if line.strip()]
+    return [read_stdin() if flags.prompt == "-" else flags.prompt]
+
+
+def read_stdin() -> str:
+    """Return all of stdin as text. Raises UsageError if it is closed or no UTF-8."""
+    try:
+        if sys.stdin is None:
+            raise ValueError("it is closed")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is one
+        raise UsageError(f"--prompt - reads stdin: {error}") from error
+
+
 def text_printer(codec: TextCodec) -> Callable[[int | None], None]:
     """Return what prints a text while it is generated: it takes each token id, None at the end."""
-    from tokenizers.decoders import DecodeStream
-
-    # holds back the bytes of a character that is not whole yet
-    stream = DecodeStream(skip_special_tokens=True)
-    token_ids: list[int] = []
-    shown: list[str] = []
+    stream = TextStream(codec)
 
     def show(token_id: int | None) -> None:
-        if token_id is None:
-            text = codec.decode(token_ids)[len("".join(shown)) :] + "\n"
-        else:
-            token_ids.append(token_id)
-            text = stream.step(codec.tokenizer, token_id)
+        text = stream.end() + "\n" if token_id is None else stream.add(token_id)
         if text:
-            shown.append(text)
             print(text, end="", flush=True)
 
     return show
+
+
+def _clean(text: str) -> str:
+    for found, instead in _CLEANED.items():
+        text = text.replace(found, instead)
+    return text
+
+
+def _chat_environment():
+    """Return jinja2 as transformers (4.57 to 5.24) sets it up for chat templates."""
+    import jinja2.nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(Extension):
+        """{% generation %} marks what a training learns from: rendered, it is its body."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_render")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _render(self, caller):
+            return caller()
+
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    def as_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            sort_keys=sort_keys,
+        )  # fmt: skip
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    return environment

@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.machine import in_rehearsal
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
-# set in processes whose GPU computes nothing: what they make must never meet a real one
-REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
 # in the file only: of all the rest, so that a flipped digit is found even where any digit is valid
 _OWN_DIGEST = "metadata_sha256"
 
@@ -83,10 +81,6 @@ def rehearsal_differences(manifest: Manifest) -> list[Difference]:
     """Return that the artifact comes from a rehearsal if this process is none."""
     rehearsed = manifest.environment.get("rehearsal")
     return [Difference("rehearsal", rehearsed, None)] if rehearsed and not in_rehearsal() else []
-
-
-def in_rehearsal() -> bool:
-    return bool(os.environ.get(REHEARSAL_VARIABLE))
 
 
 def raise_if_different(path: Path, found_differences: list[Difference]) -> None:

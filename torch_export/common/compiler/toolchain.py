@@ -7,7 +7,6 @@ On CUDA the headers come from the wheels that torch brings, so no CUDA toolkit i
 put together in one folder, which takes the place of CUDA_HOME in this process.
 """
 
-import ctypes
 import logging
 import os
 import re
@@ -16,17 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
+import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError
-
-if TYPE_CHECKING:
-    import torch
 
 # variable in which a user may name a compiler -> what torch or Triton take otherwise: the first one
 # that is there; the first is also its package for apt-get
@@ -35,14 +29,14 @@ _CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
 _MISSING_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
 
 
-def prepare_toolchain(device: "torch.device", host_code: bool, console: Console) -> None:
+def prepare_toolchain(device: str, host_code: bool, console: Console) -> None:
     """Make what a build compiles with findable, or raise EnvironmentProblemError with the cure.
 
     `host_code`: C++ around the kernels is compiled too, as AOTInductor does. To be called inside
     `private_compiler_caches`, which removes what is put together here. Imports the compiler.
     """
     python = ["-I", sysconfig.get_path("include")]
-    if device.type == "cpu":
+    if device == "cpu":
         check_compiles("CXX", ("Python.h", "vector", "omp.h"), [*python, "-fopenmp"])
     else:
         home = assemble_cuda_home(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
@@ -55,7 +49,7 @@ def prepare_toolchain(device: "torch.device", host_code: bool, console: Console)
         os.environ["CUDA_HOME"] = str(home)
         if builder := sys.modules.get("torch.utils.cpp_extension"):
             builder.CUDA_HOME = str(home)  # it reads the environment once, on import
-    if host_code or device.type == "cpu":
+    if host_code or device == "cpu":
         check_openssl()
     _show_tuning_as_progress(console)
 
@@ -175,19 +169,11 @@ def _show_tuning_as_progress(console: Console) -> None:
     logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)
 
 
-def open_driver(device: str) -> None:
-    """Start to make the context that torch will use, in a thread; `device` is the flag's word.
-
-    Both take some tenths of a second and hold no lock of Python's. Without a driver, without a GPU
-    or for the CPU nothing happens; a failure is left for torch to meet and to name.
-    """
-
-    def make_context() -> None:
-        with suppress(OSError):  # no such library
-            driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-            # of the first visible GPU, torch's own choice; kept until the end, as torch keeps it
-            if driver.cuInit(0) == 0:
-                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
-
-    if device != "cpu":
-        threading.Thread(target=make_context, daemon=True).start()
+def quieten(device: str, console: Console) -> None:
+    """Keep off stderr what the compiler says that is no news."""
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    if console.quiet:
+        warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
+    if console.quiet or device != "cuda":  # a skipped CUDA graph is news where there is a GPU
+        for name in ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,16 +1,21 @@
 """Bring tensors from files to the device: one copy there, and none besides it in host memory.
 
 A tensor is named by where its bytes lie, `Stored`: in a checkpoint's safetensors, or in any other
-file that holds them as they are. On the CPU it becomes a view of the mapped file; to a GPU threads
-carry it through page-locked memory, while the caller works with tensors that have their places:
+file that holds them as they are. What comes of it is a `Tensor`, a place in memory: on a CPU within
+the mapped file; on a GPU threads carry it there through page-locked memory, while the caller works
+with tensors that have their places:
 
-    upload = start_upload(list_checkpoint(folder), torch.device("cuda"), torch.bfloat16)
+    upload = start_upload(list_stored(folder), "cuda", "bfloat16")
     ...                      # upload.tensors can be bound, also captured, but not yet believed
     tensors = upload.wait()  # name -> tensor
+
+Neither torch nor transformers is imported here, and numpy where a tensor is converted alone.
 """
 
-import json
+import ctypes
+import functools
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,14 +23,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-import torch
+from common import cuda
+from common.errors import EnvironmentProblemError
+from common.model.stored import Stored, item_bytes
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
+if TYPE_CHECKING:
+    import numpy as np
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Where a tensor begins on the device, as CUDA's allocator has it; generated kernels assume 16.
 _ALIGNMENT_BYTES = 512
@@ -35,68 +42,105 @@ _READERS = 8
 _STAGING_BYTES = 8 << 20
 
 
+def numpy_dtype(dtype: str) -> "np.dtype":
+    """Return how numpy holds values of this dtype: bfloat16, which it lacks, as their 16 bits."""
+    import numpy as np
+
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a file: its bytes begin at offset `begin` of `path`."""
+class Tensor:
+    """A contiguous tensor at an address of the host or of the GPU; `owner` keeps it there."""
 
-    name: str
-    path: Path
-    dtype: torch.dtype
+    address: int
     shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
+    dtype: str
+    owner: Any = field(compare=False, repr=False, default=None)
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
+        return math.prod(self.shape) * item_bytes(self.dtype)
 
 
-def list_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Return the folder's tensors by name, from model.safetensors or the shards of its index."""
-    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / shards[0]).exists():
-        if not index.exists():
-            raise FileNotFoundError(f"no {shards[0]} or {index.name} in {folder}")
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {stored.name: stored for name in shards for stored in read_header(folder / name)}
+def target_dtype(one: Stored, dtype: str | None) -> str:
+    return dtype if dtype is not None and one.dtype in _FLOATS else one.dtype
 
 
-def read_header(path: Path) -> list[Stored]:
-    """Return what a safetensors file holds. Raises ValueError if it is cut off or not one.
+# --- on the host -----------------------------------------------------------------------------
 
-    https://huggingface.co/docs/safetensors: 8 bytes little-endian header length, a JSON header
-    {name: {dtype, shape, data_offsets}}, then the tensors' bytes. The safetensors package does not
-    tell the offsets, which staging needs.
+
+def map_tensor(one: Stored) -> Tensor:
+    """Return the tensor within the mapped file, read-only: the page cache is its only copy."""
+    at, size = _map_file(one.path, os.stat(one.path).st_mtime_ns)
+    if one.begin + one.nbytes > size:
+        raise EnvironmentProblemError(f"{one.path} was cut off while it was opened: try again")
+    address, owner = at + one.begin, None
+    if one.begin % item_bytes(one.dtype):  # writers align tensors, the format does not demand it
+        owner = ctypes.create_string_buffer(one.nbytes)
+        ctypes.memmove(owner, address, one.nbytes)
+        address = ctypes.addressof(owner)
+    return Tensor(address, one.shape, one.dtype, owner)
+
+
+@functools.cache  # a file is mapped once, and for as long as this process lives
+def _map_file(path: Path, changed: int) -> tuple[int, int]:
+    """Return the address of the file's bytes and their number.
+
+    libc's own mmap: Python's gives the address of a mapping that can be written to alone, which
+    for a large model may be more memory than the system promises.
     """
-    size = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise ValueError(f"{path} is cut off or no safetensors file: download it again")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    stored = []
-    for name, entry in header.items():
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensor = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
-        if end > size or end - begin != tensor.nbytes:
-            raise ValueError(f"{path} is cut off or damaged at {name}: download it again")
-        stored.append(tensor)
-    return stored
+        size = os.fstat(file.fileno()).st_size
+        how = (ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno())
+        address = libc.mmap(None, *how, ctypes.c_size_t(0))
+    if address in (None, ctypes.c_void_p(-1).value):
+        reason = os.strerror(ctypes.get_errno())
+        raise EnvironmentProblemError(f"cannot map {path} into memory: {reason}")
+    return int(address), size
+
+
+def convert(values: "np.ndarray", dtype: str, target: str) -> "np.ndarray":
+    """Return values, held as `numpy_dtype(dtype)`, in another dtype; rounded to nearest even."""
+    import numpy as np
+
+    if dtype == target:
+        return values
+    if dtype == "bfloat16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    if target != "bfloat16":
+        return values.astype(numpy_dtype(target))
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # whose rounding could make it infinite
+    return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def converted(tensor: Tensor, dtype: str) -> Tensor:
+    """Return the tensor of the host in another dtype: a copy, unless it has that dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    import numpy as np
+
+    raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
+    values = convert(np.frombuffer(raw, numpy_dtype(tensor.dtype)), tensor.dtype, dtype)
+    return Tensor(values.ctypes.data, tensor.shape, dtype, values)
+
+
+# --- to the device ---------------------------------------------------------------------------
 
 
 @dataclass
 class Upload:
     """Tensors that have their places, and the threads that still carry bytes there."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     threads: list[threading.Thread] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
 
-    def wait(self) -> dict[str, torch.Tensor]:
+    def wait(self) -> dict[str, Tensor]:
         """Return the tensors once their bytes are there. Raises the first error of a reader."""
         for thread in self.threads:
             thread.join()
@@ -106,97 +150,103 @@ class Upload:
 
 
 def start_upload(
-    stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None = None
+    stored: Mapping[str, Stored], device: str, dtype: str | None = None, base: int | None = None
 ) -> Upload:
     """Return the tensors by the same names on `device`; `wait` for their bytes before use.
 
     Floating-point tensors become `dtype`, or stay as they are stored. Two names of the same
-    `Stored` share a tensor. On the CPU there is nothing to wait for.
+    `Stored` share a tensor. On a GPU they go to the address `base`, which the caller owns, laid out
+    as `device_layout` says, or else to memory made here: zeros, so that a warm-up before the bytes
+    are there computes with ordinary numbers. On a CPU there is nothing to wait for.
     """
-    if device.type != "cuda":
-        return Upload(_map_files(stored, dtype))
-    dtypes = {one: target_dtype(one, dtype) for one in stored.values()}
-    offsets, total = {}, 0
-    for one, kind in dtypes.items():
-        offsets[one] = total
-        total += -(-one.count * kind.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    # zeros, not empty: a warm-up before the bytes are there computes with ordinary numbers
-    pool = torch.zeros(total, dtype=torch.uint8, device=device)
-    places = {}
-    for one, kind in dtypes.items():
-        raw = pool[offsets[one] :][: one.count * kind.itemsize]
-        places[one] = raw.view(kind).view(one.shape)
+    if device != "cuda":
+        return Upload(_on_host(stored, dtype))
+    offsets, total = device_layout(stored, dtype)
+    memory = None if base is not None else cuda.DeviceMemory(total)
+    if memory:
+        base = memory.address
+        cuda.runtime().cudaDeviceSynchronize()  # the zeros come before the bytes
+    places = {
+        one: Tensor(base + offset, one.shape, target_dtype(one, dtype), memory)
+        for one, offset in offsets.items()
+    }
     upload = Upload({name: places[one] for name, one in stored.items()})
-    # the zeros are written by work that is queued on this stream
-    ready = torch.cuda.current_stream(device).record_event()
     # opened here: the caller may close or replace the files as soon as this returns
     files = {path: open(path, "rb", buffering=0) for path in {one.path for one in places}}  # noqa: SIM115
     work: SimpleQueue = SimpleQueue()
     for one, place in places.items():
-        for begin, part in _cut(one, place):
-            work.put((files[one.path], begin, one.dtype, part))
-    arguments = (work, device, ready, upload.failures)
-    upload.threads = [threading.Thread(target=_read, args=arguments) for _ in range(_READERS)]
+        for piece in _cut(one, place):
+            work.put((files[one.path], *piece))
+    arguments = (work, upload.failures)
+    upload.threads = [threading.Thread(target=_carry, args=arguments) for _ in range(_READERS)]
     for thread in upload.threads:
         thread.start()
     return upload
 
 
-def target_dtype(one: Stored, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and one.dtype.is_floating_point else one.dtype
+def device_layout(
+    stored: Mapping[str, Stored], dtype: str | None = None
+) -> tuple[dict[Stored, int], int]:
+    """Return where each tensor begins in one block of device memory, and the block's bytes."""
+    offsets, total = {}, 0
+    for one in dict.fromkeys(stored.values()):
+        offsets[one] = total
+        nbytes = one.count * item_bytes(target_dtype(one, dtype))
+        total += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return offsets, total
 
 
-def _map_files(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return tensors that view the mapped files: the page cache is their only copy."""
-    files = {
-        # shared=False: a private mapping, through which nothing can write to the file
-        path: torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-        for path in {one.path for one in stored.values()}
-    }
-    views = {}
+def _on_host(stored: Mapping[str, Stored], dtype: str | None) -> dict[str, Tensor]:
+    tensors = {}
     for one in set(stored.values()):
-        raw = torch.empty(0, dtype=torch.uint8).set_(files[one.path], one.begin, (one.nbytes,))
-        if one.begin % one.dtype.itemsize:
-            raw = raw.clone()  # writers align tensors, the format does not demand it
-        views[one] = raw.view(one.dtype).view(one.shape).to(target_dtype(one, dtype))
-    return {name: views[one] for name, one in stored.items()}
+        tensors[one] = converted(map_tensor(one), target_dtype(one, dtype))
+    return {name: tensors[one] for name, one in stored.items()}
 
 
-def _cut(one: Stored, place: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (file offset, where it goes: a flat part), each at most a staging buffer to read."""
-    flat, items = place.view(-1), _STAGING_BYTES // one.dtype.itemsize
-    for first in range(0, one.count, items):
-        yield one.begin + first * one.dtype.itemsize, flat[first : first + items]
+def _cut(one: Stored, place: Tensor) -> Iterator[tuple[int, str, int, str, int]]:
+    """Yield (file offset, its dtype, address, dtype there, values), at most a staging buffer."""
+    read, written = item_bytes(one.dtype), item_bytes(place.dtype)
+    step = _STAGING_BYTES // max(read, written)
+    for first in range(0, one.count, step):
+        count = min(step, one.count - first)
+        yield (
+            one.begin + first * read, one.dtype, place.address + first * written, place.dtype, count
+        )  # fmt: skip
 
 
-def _read(work: SimpleQueue, device: torch.device, ready, failures: list[Exception]) -> None:
+def _carry(work: SimpleQueue, failures: list[Exception]) -> None:
     """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight."""
     try:
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream), suppress(Empty):
-            stream.wait_event(ready)
-            buffers = torch.empty(2, _STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-            copied = [torch.cuda.Event(), torch.cuda.Event()]
-            turn = 0
+        cuda.runtime().cudaSetDevice(0)  # of this thread
+        stream = cuda.Stream()
+        buffers = [(cuda.HostMemory(_STAGING_BYTES), cuda.Event()) for _ in range(2)]
+        turn = 0
+        with suppress(Empty):
             while not failures:
-                file, begin, dtype, part = work.get_nowait()
-                copied[turn].synchronize()  # at once, if never recorded
-                staged = buffers[turn][: part.numel() * dtype.itemsize]
-                _read_into(file.fileno(), staged, begin)
-                staged = staged.view(dtype)
-                if dtype != part.dtype:  # converted over there: a copy would do it here
-                    staged = staged.to(device, non_blocking=True)
-                part.copy_(staged, non_blocking=True)
-                copied[turn].record()
+                file, begin, dtype, address, target, count = work.get_nowait()
+                memory, copied = buffers[turn]
+                copied.wait()  # at once, if never recorded
+                nbytes = count * item_bytes(target)
+                _read_into(file.fileno(), memory.view[:nbytes], begin, dtype, target)
+                stream.upload(address, memory.address, nbytes)
+                copied.record(stream)
                 turn = 1 - turn
-        stream.synchronize()
-    except (OSError, RuntimeError) as error:  # for the thread that waits; RuntimeError is CUDA's
+        stream.wait()
+    except (OSError, EnvironmentProblemError) as error:  # for the thread that waits
         failures.append(error)
 
 
-def _read_into(descriptor: int, buffer: torch.Tensor, begin: int) -> None:
-    """Fill a host tensor of bytes from the file. preadv lets go of the GIL."""
-    target, done = buffer.numpy(), 0
+def _read_into(descriptor: int, target: memoryview, begin: int, dtype: str, wanted: str) -> None:
+    """Fill `target` from the file, converted to `wanted`. preadv lets go of the GIL."""
+    if dtype != wanted:
+        count = len(target) // item_bytes(wanted)
+        import numpy as np
+
+        values = np.empty(count, numpy_dtype(dtype))
+        _read_into(descriptor, memoryview(values).cast("B"), begin, dtype, dtype)
+        target[:] = memoryview(convert(values, dtype, wanted)).cast("B")
+        return
+    done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done:]], begin + done)
         if count == 0:

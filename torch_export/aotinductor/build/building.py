@@ -6,18 +6,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from aotinductor.build.runtime_compile import compile_package, open_compiled
+from aotinductor.build.verify import verify_package
 from aotinductor.flags import APPROACH, BuildSettings
-from aotinductor.lengths import make_bounds
-from aotinductor.recipe import make_recipe
-from aotinductor.runtime_compile import make_package
-from aotinductor.verify import verify_package
+from aotinductor.lengths import Plan, make_bounds
+from aotinductor.models import refuse_unsupported
+from aotinductor.recipe import files_identity, make_recipe
+from aotinductor.start.loading import Wish
+from common import machine
 from common.artifact import disk, manifest
+from common.artifact.disk import TrustFlags
 from common.cli import Console
 from common.compiler import toolchain
-from common.measure import report
 from common.measure.measures import Stages, process_start
-from common.model import weights
-from common.model.target import choose_target, load_model
+from common.model.eager import load_model
+from common.model.target import choose_target
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
 _CODE_BYTES = 64 * 2**20
@@ -28,9 +31,12 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stages = Stages(process_start())
     stages.close("imports")
     target = choose_target(settings.shared, console)
+    target.checkpoint.require_weights()
+    refuse_unsupported(target.checkpoint, settings.slots is not None)
+    toolchain.quieten(target.device, console)
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
-    stored = weights.list_checkpoint(target.checkpoint.folder).values() if embed else ()
+    stored = target.checkpoint.stored.values() if embed else ()
     disk.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
     bounds, details = make_bounds(settings.shape), {}
 
@@ -45,15 +51,19 @@ def build(settings: BuildSettings, console: Console) -> dict:
         with shown("weights"):
             model = load_model(target)
         with shown("compile"):
-            how = (embed, settings.graph.max_autotune)
-            engine, found = make_package(model, bounds, settings.slots, path, *how)
+            how = (path, embed, settings.graph.max_autotune)
+            found = compile_package(model, bounds, settings.slots, *how)
         with shown("verify"):
-            checks = verify_package(engine, model, bounds)
+            plan, wish = Plan(bounds), Wish(pair, TrustFlags())
+            engine = open_compiled(path, found, wish, target, plan, embed)
+            checks = verify_package(engine, model, plan)
         details.update(found, verified=True, verification=checks)
+        details["checkpoint"] = target.checkpoint.resolved
+        details["weights_files"] = files_identity(target.checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()
-        what = (APPROACH, target.describe_model(), report.environment(), recipe)
+        what = (APPROACH, target.describe_model(), machine.environment(), recipe)
         return manifest.Manifest(manifest.SCHEMA, *what, file, seconds, details)
 
     written = disk.write_pair(pair, produce, describe)

@@ -4,42 +4,38 @@ What is compared is the logits of true tokens, so padding is verified as well. O
 step is a replay of the captured one, as in a run. `model` is transformers'.
 """
 
-from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
-from aotinductor.base import BaseGenerator
 from aotinductor.flags import APPROACH, RunSettings
-from aotinductor.lengths import Bounds, find_plan
-from aotinductor.loading import Engine, load_package
-from aotinductor.serving import wants_cuda_graph, with_fetched_package
+from aotinductor.lengths import Plan
+from aotinductor.serving import open_run, with_fetched_package
+from aotinductor.start.base_engine import BaseEngine
+from aotinductor.start.kv_engine import KvEngine
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
-from common.measure.measures import Stages
 from common.measure.report import logit_errors, logits_document
-from common.model.target import choose_target, load_model
-from common.model.tokenizer import load_codec
+from common.model.eager import load_model
 
 # the largest difference of a logit from eager's, as a share of eager's largest logit
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-@torch.no_grad()
-def verify_package(engine: Engine, model, bounds: Bounds) -> list[dict]:
+def verify_package(engine: KvEngine | BaseEngine, model, plan: Plan) -> list[dict[str, Any]]:
     """Return how far the logits are from eager's: at the lower bound, the upper, and in between.
 
     Those of all tokens of the base graph; with a KV cache those of prefill, and of one step of
     decode where there is a slot for it. Raises ScriptError beyond the tolerance.
     """
-    base = isinstance(engine, BaseGenerator)
-    if not base and engine.on_cuda:
-        engine.capture()
+    base = isinstance(engine, BaseEngine)
     tolerance = TOLERANCES[str(model.dtype).removeprefix("torch.")]
-    low, high = bounds.min_seq_len, bounds.max_seq_len
+    low, high = plan.bounds.min_seq_len, plan.bounds.max_seq_len
     checks = []
     # the longest first: what it leaves in the cache must not reach the shorter ones
     for length in sorted({low, round((low * high) ** 0.5), high}, reverse=True):
-        padded = bounds.padded(length)
+        padded = plan.padded(length)
         rows = [("prefill", length, padded, 0), ("decode", length + 1, length + 1, 1)]
         if base:
             rows = [("base", length, padded, slice(None))]
@@ -48,7 +44,7 @@ def verify_package(engine: Engine, model, bounds: Bounds) -> list[dict]:
         chance, tokens = torch.Generator().manual_seed(length), rows[-1][1]
         ids = torch.randint(model.config.vocab_size, (tokens,), generator=chance).tolist()
         count = length if base else len(rows)
-        found, expected = engine_logits(engine, bounds, ids, count), eager_logits(model, ids, count)
+        found, expected = engine_logits(engine, plan, ids, count), eager_logits(model, ids, count)
         for graph, tokens, padded, row in rows:
             check = {"graph": graph, "tokens": tokens, "padded_tokens": padded}
             check |= describe_difference(found[row], expected[row])
@@ -73,25 +69,25 @@ def describe_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str
 
 @torch.no_grad()
 def eager_logits(model, ids: list[int], count: int) -> torch.Tensor:
-    """Return (count, vocab) float32 logits: those after each of the last `count` of the ids."""
+    """Return (count, vocab) float32 on the host: those after each of the last `count` ids."""
     row = torch.tensor([ids], device=model.device)
-    return model(row, use_cache=False, logits_to_keep=count).logits[0].float()
+    return model(row, use_cache=False, logits_to_keep=count).logits[0].float().cpu()
 
 
-@torch.no_grad()
-def engine_logits(engine: Engine, bounds: Bounds, ids: list[int], count: int) -> torch.Tensor:
+def engine_logits(
+    engine: KvEngine | BaseEngine, plan: Plan, ids: list[int], count: int
+) -> torch.Tensor:
     """As `eager_logits`, of a package; with a KV cache one by one, the first of them by prefill."""
-    if isinstance(engine, BaseGenerator):
-        logits = engine.run(ids, bounds.padded(len(ids)))
-        return logits[len(ids) - count : len(ids)].float()
+    if isinstance(engine, BaseEngine):
+        return torch.from_numpy(engine.logits(ids, count))
     prompt, forced = ids[: len(ids) - count + 1], ids[len(ids) - count + 1 :]
-    engine.prefill(prompt, bounds.padded(len(prompt)))
-    rows = [engine.logits.float()]
+    engine.prefill(prompt, plan.padded(len(prompt)))
+    rows = [engine.read_logits().copy()]  # each step writes to the same memory
     for token in forced:
-        engine.token.fill_(token)  # instead of the package's own choice
+        engine.force(token)  # instead of the package's own choice
         engine.decode()
-        rows.append(engine.logits.float().clone())  # a replay writes to the same memory
-    return torch.cat(rows)
+        rows.append(engine.read_logits().copy())
+    return torch.from_numpy(np.stack(rows))
 
 
 def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
@@ -100,24 +96,23 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     Against those of the model in float32, along its own greedy continuation.
     """
     settings = with_fetched_package(settings, console)
-    plan = find_plan(settings)
-    target = choose_target(plan.fill_in(settings.shared), console)
+    opening = open_run(settings, console)
+    target, plan = opening.target, opening.plan
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     for length in lengths:
-        plan.check_request(length, steps, bucket_pad=False)
-    captured, warm_up = wants_cuda_graph(settings, target, plan), plan.bounds.padded(lengths[0])
-    engine, _ = load_package(settings, target, plan, captured, warm_up, Stages(0), console)
-    reference, eager = load_model(replace(target, dtype=torch.float32)), load_model(target)
-    codec, rows = load_codec(target.checkpoint.folder), []
+        plan.check_request(length, steps)
+    engine = opening.warmed_up_with(plan.padded(lengths[0])).load(console).generator
+    reference, eager = load_model(target, "float32"), load_model(target)
+    rows = []
     for length in console.bar(lengths, "logits", "prompt"):
-        ids = codec.synthetic_prompt(length, settings.shared.seed)
+        ids = opening.codec.synthetic_prompt(length, settings.shared.seed)
         for _ in range(steps - 1):
             ids.append(int(eager_logits(reference, ids, 1).argmax()))
-        expected = eager_logits(reference, ids, steps).cpu()
+        expected = eager_logits(reference, ids, steps)
         found = {
             "eager": eager_logits(eager, ids, steps),
-            "load": engine_logits(engine, plan.bounds, ids, steps),
+            "load": engine_logits(engine, plan, ids, steps),
         }
-        errors = {mode: logit_errors(found[mode].cpu(), expected) for mode in found}
+        errors = {mode: logit_errors(found[mode], expected) for mode in found}
         rows.append({"prompt_length": length, **errors})
-    return logits_document(APPROACH, target.dtype_name, plan.slots, steps, rows)
+    return logits_document(APPROACH, target.dtype, plan.slots, steps, rows)

@@ -24,7 +24,7 @@ PROGRAMS = 128
 
 @triton.jit
 def rotate(first, second, cos, sin):
-    """Turn the two halves of a head by its position, as `kv_graphs.rotate`."""
+    """Turn the two halves of a head by its position, as `layer_graphs.rotate`."""
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -159,7 +159,7 @@ def join(parts: Tensor, lse: Tensor) -> Tensor:
 
 
 def kernel_attention(q, k, v, keys, values, position, rope, scale):
-    """As `kv_graphs.plain_attention`, but no slot beyond `position` is read."""
+    """As `layer_graphs.plain_attention`, but no slot beyond `position` is read."""
     parts, lse = attend(q, k, v, keys, values, position, rope, scale)
     return join(parts, lse).flatten().to(q.dtype)
 

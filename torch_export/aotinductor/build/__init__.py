@@ -1,0 +1,1 @@
+"""What a build runs: export, compile, package, verify. Needs torch and a compiler."""

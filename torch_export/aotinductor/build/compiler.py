@@ -1,0 +1,64 @@
+"""From an exported program to machine code, with the settings that all programs share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from aotinductor import torch_private
+from aotinductor.lengths import Bounds
+from aotinductor.recipe import COMMON_LEVEL, machine_of
+from common.errors import ScriptError
+
+
+def compile_program(
+    exported: torch.export.ExportedProgram, own_options: Mapping[str, object]
+) -> list[str]:
+    """Return the files of one compiled program."""
+    options = {
+        # or the kernels are built for this machine's number of cores, whatever the other one has
+        "cpp.dynamic_threads": True,
+        # More than one, also where a build has one: with 1 Inductor leaves out what keeps several
+        # threads of a later run from all doing the same piece of work (`omp single`), and each of
+        # them advances `position` (torch 2.9.1 to 2.13). How many hardly matters.
+        "cpp.threads": 16,
+        # all but CPP, whose template for CPUs packs this checkpoint's weights into a new constant
+        "max_autotune_gemm_backends": "ATEN,TRITON",
+    }
+    with portable_host_code(exported.example_inputs[0][0].device):
+        return torch_private.aot_compile(exported, options | dict(own_options))
+
+
+def example_and_dim(bounds: Bounds) -> tuple[int, dict | None]:
+    """Return the length to trace with, and what is dynamic on dimension 1; None is static."""
+    if not bounds.dynamic_seq_len:
+        return bounds.max_seq_len, None
+    multiple = bounds.dynamic_seq_multiple
+    first, last = bounds.buckets[0] // multiple, bounds.max_seq_len // multiple
+    blocks = torch.export.Dim("blocks", min=first, max=last)
+    # an example of one block would be taken for a constant, and so would one that is as long as
+    # the KV cache: it stays below the longest
+    longest = max(last - 1, first, 2)
+    example = min(max(bounds.example_seq_len // multiple, first, 2), longest, last)
+    return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
+
+
+@contextmanager
+def portable_host_code(device: torch.device) -> Iterator[None]:
+    """While inside, Inductor compiles C++ for the level that `machine_of` names."""
+    if machine_of(device.type)["cpu_capability"] != COMMON_LEVEL:
+        yield
+        return
+    # 256 bits is AVX2; "ok": its probe of every instruction set takes six seconds
+    options = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
+    with torch_private.inductor_settings(options), torch_private.host_code_for(COMMON_LEVEL):
+        yield
+
+
+def library_of(files: list[str]) -> Path:
+    """Return the one library among a program's files."""
+    libraries = [Path(file) for file in files if file.endswith(".so")]
+    if len(libraries) != 1:
+        raise ScriptError(f"a program of {len(libraries)} libraries was compiled, not of one")
+    return libraries[0]

@@ -1,0 +1,401 @@
+"""The four programs of a KV cache: one decoder layer and one head, each for a prompt and a token.
+
+Every tensor is an input, the weights too, and nothing is returned: results are written into tensors
+of the state in place. So one compiled layer serves every layer of a model, of any depth, and a step
+is a loop over them. Which tensors a call takes, and in which order, is data: `Program.inputs`.
+
+    row       (width,)  the decode step's residual row; float32 on a CPU
+    hidden    (1, padded, width)  the prompt's rows, changed by each layer
+    token     (1, 1) int64  the newest token, whose embedding is in `row`
+    position  (1,) int64  how many tokens the cache holds = the slot that `token` goes to
+    rope      (2, slots, head_dim) float32  cosines and signed sines; only read
+    keys      (rows, kv_heads * head_dim)  of the layer that is called; values alike
+    logits    (1, vocab) float32  of the newest step
+
+Why padding and stale slots leave no trace: prefill is causal and padded on the right, so no true
+token sees a pad; decode overwrites slot `position` before it looks, and sees slots <= `position`
+only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aotinductor.build.compiler import example_and_dim
+from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
+from aotinductor.lengths import Bounds
+from common.errors import UsageError
+
+# Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
+ARGMAX_PARTS = 256
+# the parts of a layer that the programs model, in the order of their weights among the inputs
+PARTS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+EMBEDDING = "model.embed_tokens.weight"
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What all decoder layers of a model have in common."""
+
+    weights: tuple[str, ...]  # names of a layer's weights, within it
+    head_dim: int
+    scaling: float
+    eps: float
+    activate: Callable[[Tensor], Tensor]
+    on_cuda: bool
+
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """What decode attends with, called as `plain_attention`."""
+        if self.on_cuda:
+            from aotinductor.build import decode_kernel  # needs Triton, which torch for CPUs lacks
+
+            if decode_kernel.supports(self.head_dim):
+                return decode_kernel.kernel_attention
+        return plain_attention
+
+
+def describe_layers(causal_lm) -> LayerKind:
+    """Return the one kind of layer that the model has; raise UsageError, by name, if it hasn't."""
+    known = [f"{part}.{tensor}" for part in PARTS for tensor in ("weight", "bias")]
+    first, *others = [
+        {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
+        for layer in causal_lm.model.layers
+    ]
+    problem = None
+    if unknown := [name for name in first if name not in known]:
+        problem = f"{', '.join(unknown)} of a layer is not modelled"
+    elif different := [number for number, other in enumerate(others, 1) if other != first]:
+        problem = f"layer {different[0]} has other tensors or shapes than layer 0"
+    if problem:
+        raise UsageError(f"{problem}: build without --kv-cache, which compiles one layer for all")
+    layer = causal_lm.model.layers[0]
+    return LayerKind(
+        tuple(name for name in known if name in first),
+        layer.self_attn.head_dim,
+        layer.self_attn.scaling,
+        layer.input_layernorm.variance_epsilon,
+        layer.mlp.act_fn,
+        causal_lm.device.type == "cuda",
+    )
+
+
+class Program(nn.Module):
+    """forward(*tensors): those that `inputs` names, in its order.
+
+    A name is one of the state's, or a checkpoint's, in which {layer} is a layer's number.
+    """
+
+    state: tuple[str, ...]
+
+    def __init__(self, kind: LayerKind, weights: dict[str, str]):
+        """`weights`: name in the program -> name in a checkpoint."""
+        super().__init__()
+        self.kind = kind
+        self.names = (*self.state, *weights)
+        self.inputs = (*self.state, *weights.values())
+
+    def forward(self, *tensors: Tensor) -> None:
+        self.run(dict(zip(self.names, tensors, strict=True)))
+
+    def run(self, given: Tensors) -> None:
+        raise NotImplementedError
+
+
+class LayerProgram(Program):
+    def __init__(self, kind: LayerKind):
+        super().__init__(kind, {name: f"model.layers.{{layer}}.{name}" for name in kind.weights})
+
+
+class PrefillLayer(LayerProgram):
+    """One layer over a prompt: changes `hidden`, writes the first `padded` rows of the tables."""
+
+    state = ("hidden", "rope", "keys", "values")
+
+    def run(self, given: Tensors) -> None:
+        hidden, kind = given["hidden"], self.kind
+        padded = hidden.shape[1]
+        rotation, places = given["rope"][:, :padded], torch.arange(padded, device=hidden.device)
+        normed = rms_norm(hidden, given, "input_layernorm", kind.eps)
+        q, k, v = (
+            split_heads(linear(normed, given, f"self_attn.{name}_proj"), kind.head_dim)
+            for name in "qkv"
+        )  # (1, heads, padded, head_dim)
+        q = rotate(head_norm(q, given, "self_attn.q_norm", kind.eps), rotation)
+        k = rotate(head_norm(k, given, "self_attn.k_norm", kind.eps), rotation)
+        given["keys"].index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
+        given["values"].index_copy_(0, places, v.transpose(1, 2).flatten(2)[0])
+        # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
+        seen = causal_attention(q, k, v, kind.scaling).transpose(1, 2).flatten(2)
+        attended = hidden + linear(seen, given, "self_attn.o_proj")
+        normed = rms_norm(attended, given, "post_attention_layernorm", kind.eps)
+        gate, up = (linear(normed, given, f"mlp.{name}_proj") for name in ("gate", "up"))
+        hidden.copy_(attended + linear(kind.activate(gate) * up, given, "mlp.down_proj"))
+
+
+class DecodeLayer(LayerProgram):
+    """One layer over one token: changes `row`, writes slot `position` of the tables.
+
+    Every product has one row and is written as a sum (`products`): Inductor makes each of them one
+    kernel that reads the weights once. A library's product could not be fused with what is around
+    it, would be chosen by tuning, and on a CPU reads at half the speed.
+    """
+
+    state = ("row", "position", "rope", "keys", "values")
+
+    def run(self, given: Tensors) -> None:
+        row, keys, kind = given["row"], given["keys"], self.kind
+        projections = [f"self_attn.{name}_proj" for name in "qkv"]
+        q, k, v = products(row, given, projections, kind, "input_layernorm")
+        q = head_norm(q.view(-1, kind.head_dim), given, "self_attn.q_norm", kind.eps).flatten()
+        k = head_norm(k.view(-1, kind.head_dim), given, "self_attn.k_norm", kind.eps).flatten()
+        if kind.on_cuda:  # what the kernel takes; on a CPU all but the tables stays float32
+            q, k, v = (one.to(keys.dtype) for one in (q, k, v))
+        tables = (keys, given["values"], given["position"], given["rope"])
+        seen = kind.attend(q, k, v, *tables, kind.scaling)
+        (added,) = products(materialized(seen), given, ["self_attn.o_proj"], kind)
+        attended = materialized((row + added).to(row.dtype))
+        wide = ["mlp.gate_proj", "mlp.up_proj"]
+        gate, up = products(attended, given, wide, kind, "post_attention_layernorm")
+        gated = materialized((kind.activate(gate) * up).to(row.dtype))
+        (added,) = products(gated, given, ["mlp.down_proj"], kind)
+        row.copy_(attended + added)
+
+
+class DecodeHead(Program):
+    """From `row` to the logits, the greedy token, and that token's embedding; `position` + 1."""
+
+    state = ("row", "logits", "token", "position")
+
+    def __init__(self, kind: LayerKind, tied: bool):
+        head = EMBEDDING if tied else "lm_head.weight"
+        weights = {"norm.weight": "model.norm.weight", "head.weight": head, "embedding": EMBEDDING}
+        super().__init__(kind, weights)
+
+    def run(self, given: Tensors) -> None:
+        token = self.choose(given["row"], given)
+        # always 1; said of the token, it needs no launch beside the one that writes the token
+        given["position"].add_((token[0] >= 0).long())
+
+    def choose(self, row: Tensor, given: Tensors) -> Tensor:
+        """Write what all heads write, and return the token."""
+        (logits,) = products(row, given, ["head"], self.kind, "norm")
+        logits = materialized(logits)[None]
+        given["logits"].copy_(logits)
+        token = first_argmax(logits)
+        given["token"].copy_(token)
+        given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
+        return token
+
+
+class PrefillHead(DecodeHead):
+    """As `DecodeHead`, from the last true token's row of `hidden`; `position` counts the prompt."""
+
+    state = ("hidden", *DecodeHead.state)
+
+    def run(self, given: Tensors) -> None:
+        last = given["hidden"].index_select(1, given["position"] - 1)[0, 0]
+        self.choose(last.to(given["row"].dtype), given)
+
+
+def products(
+    x: Tensor, weights: Tensors, names: Sequence[str], kind: LayerKind, norm: str | None = None
+) -> list[Tensor]:
+    """Return each linear of x (width,), after its RMS norm if one is named: (rows,) float32."""
+    row = x.float()
+    if norm is not None:
+        row = row * weights[f"{norm}.weight"].float()
+        if not kind.on_cuda:
+            # Once, and written to memory. Computed again for each row of a weight, as below, it is
+            # half of a step's time where the weights are bfloat16.
+            row = materialized(row * torch.rsqrt(x.float().square().mean() + kind.eps))
+    outputs = []
+    for name in names:
+        weight = weights[f"{name}.weight"]  # (rows, width)
+        out = (weight.float() * row).sum(-1)
+        if norm is not None and kind.on_cuda:
+            # Squared once for each row of the weight: the same shape of sum as the product, so that
+            # one kernel does both. The row is small; a launch of its own costs more.
+            mean_square = x.float().expand(weight.shape).square().mean(-1)
+            out = out * torch.rsqrt(mean_square + kind.eps)
+        if (bias := weights.get(f"{name}.bias")) is not None:
+            out = out + bias.float()
+        outputs.append(out)
+    return outputs
+
+
+def linear(x: Tensor, weights: Tensors, name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def rms_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+    """Normalise the last dimension, with Hugging Face's roundings."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weights[f"{name}.weight"] * normed.to(x.dtype)
+
+
+def head_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+    """The norm of each head, where a model has one: (..., head_dim)."""
+    return rms_norm(x, weights, name, eps) if f"{name}.weight" in weights else x
+
+
+def materialized(x: Tensor) -> Tensor:
+    """Return a fresh tensor x as one that Inductor writes to memory.
+
+    It would rather compute it again in each row of the product that reads it. (`as_strided` needs
+    storage to stride over; it looks through views, so x must not be a part of another tensor.)
+    """
+    return torch.as_strided(x, x.shape, x.stride())
+
+
+def first_argmax(logits: Tensor) -> Tensor:
+    """Return the index (1, 1) of the largest of logits (1, vocab), the first one of equals."""
+    # in two steps: one for each part of the logits, and one for the parts
+    padded = F.pad(logits, (0, -logits.shape[1] % ARGMAX_PARTS), value=float("-inf"))
+    best, where = padded.view(ARGMAX_PARTS, -1).max(-1)
+    part = best.argmax(0, keepdim=True)
+    return (where[part] + part * (padded.shape[1] // ARGMAX_PARTS))[None]
+
+
+def split_heads(projected: Tensor, head_dim: int) -> Tensor:
+    """(1, seq, heads * head_dim) -> (1, heads, seq, head_dim)."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Apply rotary embeddings (2, seq, head_dim) float32 to x (..., seq, head_dim), in x's dtype.
+
+    Hugging Face's x * cos + cat(-x2, x1) * sin, with the minus in the table, and a flip where a
+    concatenation would be a kernel of its own; rounded once.
+    """
+    cos, signed_sin = rotation
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + swapped * signed_sin).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of a prompt to itself: (1, heads, seq, head_dim), KV heads shared by the kernel.
+
+    On CUDA always flash, where there is a flash kernel. Left the choice, torch 2.11 and later
+    prefer cuDNN on Hopper, which makes a plan for every new length (23 to 37 ms) and is known for
+    wrong results (pytorch #193893, #169849). The choice is made while the graph is lowered, so a
+    context manager here would have no effect: the operator is called by its name.
+    """
+    if (
+        q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    ):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, is_causal=True, scale=scale)[0]
+    # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
+    # materialises it for SDPA.)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+def plain_attention(q, k, v, keys, values, position, rope, scale):
+    """Rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
+
+    q (heads * head_dim,), k and v (kv_heads * head_dim,). Reads every row of keys and values.
+    """
+    rows, head_dim = keys.shape[0], rope.shape[2]
+    rotation = rope[:, position]  # (2, 1, head_dim)
+    q = rotate(q.view(-1, head_dim), rotation)  # (heads, head_dim)
+    k = rotate(k.view(-1, head_dim), rotation)  # (kv_heads, head_dim)
+    keys.index_copy_(0, position, k.flatten()[None].to(keys.dtype))
+    values.index_copy_(0, position, v[None].to(values.dtype))
+
+    kv_heads = k.shape[0]
+    grouped = (rows, kv_heads, head_dim)
+    all_keys = keys.view(grouped).transpose(0, 1).float()  # (kv_heads, rows, head_dim)
+    all_values = values.view(grouped).transpose(0, 1).float()
+    group = materialized(q.view(kv_heads, -1, head_dim)).float()  # (kv_heads, group, head_dim)
+    hidden = torch.arange(rows, device=keys.device) > position
+    scores = (all_keys[:, None] * group[:, :, None]).sum(-1) * scale  # (kv_heads, group, rows)
+    weights = materialized(scores.masked_fill(hidden, float("-inf")).softmax(-1))
+    seen = (all_values[:, None] * weights[..., None]).sum(2)  # (kv_heads, group, head_dim)
+    return seen.flatten().to(q.dtype)
+
+
+def make_programs(causal_lm) -> dict[str, Program]:
+    """Return the programs of a model by name, in the order of a sequence."""
+    kind = describe_layers(causal_lm)
+    tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
+    return {
+        "prefill_layer": PrefillLayer(kind),
+        "prefill_head": PrefillHead(kind, tied),
+        "decode_layer": DecodeLayer(kind),
+        "decode_head": DecodeHead(kind, tied),
+    }
+
+
+def state_dtypes(causal_lm) -> dict[str, torch.dtype]:
+    """Return the dtype of each of the state's tensors."""
+    own, exact, index = causal_lm.dtype, torch.float32, torch.int64
+    return {
+        "row": own if causal_lm.device.type == "cuda" else exact,
+        "hidden": own,
+        "token": index,
+        "position": index,
+        "rope": exact,
+        "keys": own,
+        "values": own,
+        "logits": exact,
+    }
+
+
+@torch.no_grad()
+def export_program(
+    program: Program, causal_lm, cache: CacheShape, bounds: Bounds
+) -> torch.export.ExportedProgram:
+    """Export one program: prefill for every padded prompt length within the bounds.
+
+    Decode takes any number of blocks of the tables on a CPU, and whole tables on CUDA, where one
+    captured graph serves every length, and its kernel ends at the position by itself.
+    """
+    padded, length = example_and_dim(bounds)
+    blocks, rows = cache.rows // BLOCK_ROWS, cache.rows
+    dynamic = {"hidden": length}
+    if isinstance(program, DecodeLayer) and not program.kind.on_cuda and blocks > 1:
+        in_use = {0: BLOCK_ROWS * torch.export.Dim("tables", min=1, max=blocks)}
+        dynamic |= {"keys": in_use, "values": in_use}
+        rows = 2 * BLOCK_ROWS  # an example of one block would be taken for a constant
+    config, dtypes, device = causal_lm.config, state_dtypes(causal_lm), causal_lm.device
+    shapes = state_shapes(cache, config.hidden_size, config.vocab_size, padded, rows)
+    # zeros: a position that is used as an index must be one
+    known = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in dtypes}
+    known["position"] += isinstance(program, PrefillHead)  # the first true token is the last
+    weights = {name: weight.detach() for name, weight in causal_lm.named_parameters()}
+    example = tuple(
+        known[name] if name in known else weights[name.format(layer=0)] for name in program.inputs
+    )
+    shapes_of = (tuple(dynamic.get(name) for name in program.inputs),)
+    return torch.export.export(program, example, dynamic_shapes=shapes_of)
+
+
+def bytes_of_a_step(causal_lm) -> int:
+    """Return the bytes of weights that one decode step reads."""
+    tables = sum(weight.nbytes for weight in causal_lm.model.embed_tokens.parameters())
+    tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
+    return sum(weight.nbytes for weight in causal_lm.parameters()) - (0 if tied else tables)

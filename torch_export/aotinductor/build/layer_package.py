@@ -1,0 +1,163 @@
+"""A KV-cache package: four programs compiled, and written with what they need into one zip.
+
+    STEM/programs/PROGRAM/  its library, and its kernels where it has them
+    STEM/native/  what a start runs them with: `native.compile`
+    STEM/weights/model.safetensors  the checkpoint's tensors, with --embed-weights
+
+Entries are stored, not deflated, and begin at multiples of 64 bytes: they can be used where they
+lie in the file.
+"""
+
+import json
+import re
+import struct
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aotinductor import torch_private
+from aotinductor.build.compiler import compile_program, library_of
+from aotinductor.build.layer_graphs import (
+    Program,
+    bytes_of_a_step,
+    export_program,
+    make_programs,
+    state_dtypes,
+)  # fmt: skip
+from aotinductor.build.symbols import called_symbols, missing_symbols
+from aotinductor.cache import CacheShape
+from aotinductor.lengths import Bounds
+from aotinductor.native.compile import RUNTIME, compile_native
+from common.errors import ScriptError
+
+ALIGNMENT = 64
+# A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
+# places in each layer where several threads would wait for each other. random:tiny, 12 MB, beside
+# other work: 1 to 73 ms a token with two threads, 0.7 to 2.4 with one.
+ONE_THREAD_BYTES = 64 * 2**20
+# what else of a program's files a start reads, beside the library
+_KERNELS = (".cubin",)
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def cache_shape(causal_lm, slots: int) -> CacheShape:
+    """Return the shape of the model's KV cache."""
+    head_dim = causal_lm.model.layers[0].self_attn.head_dim
+    return CacheShape(slots, causal_lm.config.num_key_value_heads, head_dim)
+
+
+def compile_layer_package(
+    causal_lm, bounds: Bounds, slots: int, path: Path, embed_weights: bool, max_autotune: bool
+) -> dict:
+    """Write the package, and return the metadata's `details` of it."""
+    cache = cache_shape(causal_lm, slots)
+    programs = make_programs(causal_lm)
+    with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
+        native = compile_native(Path(folder), causal_lm.device.type)
+        entries = {f"native/{name}": file for name, file in native.items()}
+        calls, lacks = set(), set()
+        for name, program in programs.items():
+            exported = export_program(program, causal_lm, cache, bounds)
+            options = program_options(name, causal_lm, max_autotune)
+            with torch_private.linked_with(native[RUNTIME]):
+                files = compile_program(exported, options)
+            check_constants(name, exported, files)
+            library = library_of(files)
+            kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
+            entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
+            calls.update(called_symbols(library))
+            lacks.update(missing_symbols(library, native[RUNTIME]))
+        # each once: a tied head is the embedding's
+        embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
+        write_package(path, entries, embedded)
+    runtime = {"calls": sorted(calls), "lacks": sorted(lacks)}
+    return describe_package(causal_lm, cache, programs) | {"runtime": runtime}
+
+
+def check_constants(name: str, exported: torch.export.ExportedProgram, files: list[str]) -> None:
+    """Raise ScriptError if a program holds tensors of its own, traced ones or the compiler's."""
+    held = [*exported.state_dict, *exported.constants]
+    sources = [Path(file).read_text() for file in files if file.endswith(".wrapper.cpp")]
+    held += re.findall(r"constants_info_\[\d+\]\.name = \"([^\"]*)\"", "".join(sources))
+    if held:
+        raise ScriptError(f"{name} holds constants of its own: {', '.join(held)}")
+
+
+def program_options(name: str, causal_lm, max_autotune: bool) -> dict[str, object]:
+    """Return the Inductor options of one program, beside those of all."""
+    if name.startswith("prefill"):
+        # Not tuned: that would be for the example's length, and serve every other one too. The
+        # library chooses for each.
+        return {"max_autotune": False}
+    options = {"max_autotune": max_autotune, "coordinate_descent_tuning": max_autotune}
+    if causal_lm.device.type == "cuda":
+        # q, k and v have different numbers of rows: only a combined kernel launches them as one
+        return options | {"combo_kernels": True}
+    # A thread that waits for another one spins, and on a machine with other work waits long.
+    if bytes_of_a_step(causal_lm) < ONE_THREAD_BYTES:
+        return options | {"cpp.dynamic_threads": False, "cpp.threads": 1}
+    return options
+
+
+def describe_package(causal_lm, cache: CacheShape, programs: Mapping[str, Program]) -> dict:
+    """Return what a start needs to call the programs. The depth is the checkpoint's."""
+    rotary, config = causal_lm.model.rotary_emb, causal_lm.config
+    dtypes = {
+        name: str(one).removeprefix("torch.") for name, one in state_dtypes(causal_lm).items()
+    }
+    return {
+        "programs": {name: list(program.inputs) for name, program in programs.items()},
+        "dtypes": dtypes,
+        "cache": asdict(cache),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "rope": {
+            # (head_dim / 2,); JSON keeps float32 exactly
+            "inv_freq": rotary.inv_freq.detach().double().tolist(),
+            "attention_scaling": float(rotary.attention_scaling),
+        },
+    }
+
+
+def write_package(path: Path, entries: Mapping[str, Path], embedded: Mapping[str, Tensor]) -> None:
+    """Write the zip: files by their names in it, and, if there are any, the weights."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, file in entries.items():
+            with open_entry(archive, f"{path.stem}/{name}", file.stat().st_size) as entry:
+                entry.write(file.read_bytes())
+        if embedded:
+            header, pieces = safetensors(embedded)
+            size = len(header) + sum(one.nbytes for one in pieces)
+            with open_entry(archive, f"{path.stem}/weights/model.safetensors", size) as entry:
+                entry.write(header)
+                for one in pieces:
+                    entry.write(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def open_entry(archive: zipfile.ZipFile, name: str, size: int):
+    """Return a new entry of so many bytes to write to, whose content begins aligned."""
+    entry = zipfile.ZipInfo(name)
+    entry.file_size = size
+    # the entry's header: 30 bytes, its name, 20 for a size beyond 4 GiB, and a field of padding
+    begin = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
+    entry.extra = struct.pack("<HH", 0xD935, -begin % ALIGNMENT) + bytes(-begin % ALIGNMENT)
+    return archive.open(entry, "w", force_zip64=True)
+
+
+def safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
+    """Return the header of a safetensors file, and the tensors in its order, each aligned."""
+    ordered = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header, end = {}, 0
+    for name in ordered:
+        one = tensors[name]
+        begin, end = end, end + one.nbytes
+        described = {"dtype": _SAFETENSORS_NAMES[one.dtype], "shape": list(one.shape)}
+        header[name] = described | {"data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, [tensors[name] for name in ordered]

@@ -1,0 +1,235 @@
+"""The C interface that compiled programs are called through, and nothing else.
+
+Generated code (AOTInductor's) asks torch's C interface for memory and handles. Behind it is either
+libtorch, or the runtime library that a package carries, which has those functions without torch.
+
+    interface = open_runtime(path)             or open_libtorch(with_cuda=False)
+    program = Program(path_of_a_library, "cpu")
+    step = Step(steps_library, interface, "cpu", [(program, [operand, ...]), ...])
+    step.run()
+
+The names are those of torch/csrc/inductor/aoti_torch/c/shim.h and aoti_runtime/interface.h, read in
+torch 2.9.1 and 2.14.1.
+"""
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import machine
+from common.errors import ArtifactDamagedError, EnvironmentProblemError
+from common.model.weights import Tensor
+
+_LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
+_LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
+_LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
+
+
+class _Tensor(ctypes.Structure):
+    """One operand of a call, as libllama_steps.so reads it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dims", ctypes.c_int64),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class Shape:
+    """Sizes of one or more contiguous operands, which can be changed for all of them at once."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes, self.strides = ((ctypes.c_int64 * len(sizes))() for _ in range(2))
+        self.set(sizes)
+
+    def set(self, sizes: Sequence[int]) -> None:
+        for at, size in enumerate(sizes):
+            self.sizes[at] = size
+            self.strides[at] = math.prod(sizes[at + 1 :])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor in a call; `shape` may be shared, and less than the whole tensor."""
+
+    tensor: Tensor
+    shape: Shape
+
+
+class Interface:
+    """The library behind the calls: `name` is runtime or libtorch."""
+
+    def __init__(self, name: str, library: ctypes.CDLL):
+        self.name, self.library = name, library
+        self.create = address_of(library, "aoti_torch_create_tensor_from_blob_v2")
+        self.drop = address_of(library, "aoti_torch_delete_tensor_object")
+        self._dtypes: dict[str, int] = {}
+
+    def dtype_code(self, dtype: str) -> int:
+        if dtype not in self._dtypes:
+            self._dtypes[dtype] = getattr(self.library, f"aoti_torch_dtype_{dtype}")()
+        return self._dtypes[dtype]
+
+    def device_type(self, device: str) -> int:
+        return getattr(self.library, f"aoti_torch_device_type_{device}")()
+
+    def data_pointer(self, handle: ctypes.c_void_p) -> int:
+        found = ctypes.c_void_p()
+        self.library.aoti_torch_get_data_ptr(handle, ctypes.byref(found))
+        return int(found.value or 0)
+
+
+def address_of(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
+    """Return a function's address, to be handed to C."""
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p)
+
+
+def open_runtime(path: str) -> Interface:
+    """Return the interface of a package's own runtime library."""
+    return Interface("runtime", open_library(path))
+
+
+def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
+    """Return libtorch's interface, its functions being there for every library opened from now on.
+
+    `whole`: with libtorch.so, which programs name that are linked for torch's plain loader.
+    """
+    folder = machine.torch_folder()
+    if folder is None:
+        raise EnvironmentProblemError(
+            "this package's programs call functions that only libtorch has, and no torch is "
+            "installed: install the torch that built it"
+        )
+    names = [
+        *_LIBTORCH,
+        *(_LIBTORCH_CUDA if with_cuda else ()),
+        *(["libtorch.so"] if whole else ()),
+    ]
+    for name in names:
+        path = folder / "lib" / name
+        if not path.exists():
+            raise EnvironmentProblemError(
+                f"the torch in {folder} has no {name}: is it a CUDA build?"
+            )
+        open_library(str(path), ctypes.RTLD_GLOBAL)
+    return Interface("libtorch", ctypes.CDLL(str(folder / "lib" / "libtorch_cpu.so")))
+
+
+def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
+    """Open a shared library; what the dynamic loader says of it is one line."""
+    try:
+        return ctypes.CDLL(path, mode)
+    except OSError as error:
+        raise EnvironmentProblemError(f"cannot open a library: {error}") from error
+
+
+class Program:
+    """One compiled program, opened. Its weights are inputs, unless it has constants."""
+
+    def __init__(self, path: str, device: str, cubins: Path | None = None):
+        self.library = open_library(path)
+        self.handle = ctypes.c_void_p()
+        self.kept: Any = None  # what it reads, and has no copy of
+        create = self.library.AOTInductorModelContainerCreateWithDevice
+        folder = str(cubins).encode() if cubins else None
+        with _what_it_says("a program of the package cannot be opened"):
+            status = create(ctypes.byref(self.handle), ctypes.c_size_t(1), device.encode(), folder)
+            if status:
+                raise ChildProcessError(status)
+        self.run = address_of(self.library, "AOTInductorModelContainerRunSingleThreaded")
+
+    def close(self) -> None:
+        if self.handle:
+            self.library.AOTInductorModelContainerDelete(self.handle)
+            self.handle = ctypes.c_void_p()
+
+    def constants(self) -> list[tuple[bytes, str]]:
+        """Return (the program's own name, the checkpoint's name) of each constant."""
+        count, found = ctypes.c_size_t(), []
+        self.library.AOTInductorModelContainerGetNumConstants(self.handle, ctypes.byref(count))
+        for index in range(count.value):
+            names = []
+            for function in ("GetConstantName", "GetConstantOriginalFQN"):
+                name = ctypes.c_char_p()
+                ask = getattr(self.library, f"AOTInductorModelContainer{function}")
+                ask(self.handle, ctypes.c_size_t(index), ctypes.byref(name))
+                names.append(name.value or b"")
+            found.append((names[0], names[1].decode()))
+        return found
+
+
+class Step:
+    """Calls of programs in their order, made as one native call."""
+
+    def __init__(
+        self,
+        steps: ctypes.CDLL,
+        interface: Interface,
+        device: str,
+        calls: Sequence[tuple[Program, Sequence[Operand]]],
+    ):
+        count = len(calls)
+        self._kept = ([_described(one, interface) for _, inputs in calls for one in inputs], calls)
+        pointers = [ctypes.pointer(one) for one in self._kept[0]]
+        self._arguments: tuple[Any, ...] = (
+            interface.create,
+            interface.drop,
+            ctypes.c_int32(interface.device_type(device)),
+            ctypes.c_int32(0),
+            ctypes.c_int64(count),
+            (ctypes.c_void_p * count)(*[program.handle.value for program, _ in calls]),
+            (ctypes.c_void_p * count)(*[program.run.value for program, _ in calls]),
+            (ctypes.c_int64 * count)(*[len(inputs) for _, inputs in calls]),
+            (ctypes.POINTER(_Tensor) * len(pointers))(*pointers),
+        )
+        self._run: Callable[..., int] = steps.llama_step
+
+    def run(self, stream: ctypes.c_void_p | None = None) -> None:
+        """Make the calls on a stream of the GPU, or here; raise when one of them fails."""
+        if status := self._run(*self._arguments, stream):
+            call, code = divmod(status, 1000)
+            raise EnvironmentProblemError(
+                f"call {call} of a step failed with code {code}; what it said stands above"
+            )
+
+
+def _described(operand: Operand, interface: Interface) -> _Tensor:
+    shape, tensor = operand.shape, operand.tensor
+    code = interface.dtype_code(tensor.dtype)
+    return _Tensor(tensor.address, len(shape.sizes), shape.sizes, shape.strides, code)
+
+
+def new_handle(interface: Interface, device: str, tensor: Tensor) -> ctypes.c_void_p:
+    """Return a handle over the tensor's memory; a run steals it, and a binding keeps it."""
+    shape, handle = Shape(tensor.shape), ctypes.c_void_p()
+    interface.library.aoti_torch_create_tensor_from_blob_v2(
+        ctypes.c_void_p(tensor.address), ctypes.c_int64(len(tensor.shape)), shape.sizes,
+        shape.strides, ctypes.c_int64(0), ctypes.c_int32(interface.dtype_code(tensor.dtype)),
+        ctypes.c_int32(interface.device_type(device)), ctypes.c_int32(0), ctypes.byref(handle),
+        ctypes.c_int32(interface.library.aoti_torch_layout_strided()), None, ctypes.c_int64(0),
+    )  # fmt: skip
+    return handle
+
+
+@contextmanager
+def _what_it_says(problem: str) -> Iterator[None]:
+    """Turn a status other than 0 into an error with what was printed on stderr meanwhile."""
+    kept = os.dup(2)
+    with open(os.memfd_create("stderr"), "rb") as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except ChildProcessError:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            raise ArtifactDamagedError(f"{problem}: {lines[0]}: build it with ./build.sh") from None
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

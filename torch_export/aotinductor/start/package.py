@@ -1,0 +1,105 @@
+"""A `.pt2` as a start sees it: a zip of stored entries, whose code never lies in a folder.
+
+STEM/programs/<program>/*.so, *.cubin      a KV cache's: prefill_layer, prefill_head,
+                                           decode_layer, decode_head
+STEM/data/aotinductor/base/*.so, *.cubin   the base graph's
+STEM/native/*.so                           what makes a step's calls, and the runtime library
+STEM/weights/model.safetensors             weights, where a KV package holds them
+"""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import EnvironmentProblemError
+
+STEPS, RUNTIME = "native/libllama_steps.so", "native/libllama_runtime.so"
+WEIGHTS = "weights/model.safetensors"
+_FOLDERS = ("programs", "data/aotinductor")  # where programs lie: ours, and those of torch's loader
+
+
+class Package:
+    """An open package, checked; entries are named without the top folder."""
+
+    def __init__(self, file: BinaryIO, programs: Iterable[str]):
+        """Raises ValueError unless it is a zip with a library for each program, and no way out."""
+        self._file = file
+        try:
+            # reads the directory at the file's end
+            self._archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"no zip file: {error}") from error
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        tops = set()
+        for entry in self._archive.infolist():
+            top, _, name = entry.filename.partition("/")
+            tops.add(top)
+            parts = entry.filename.split("/")
+            if len(parts) < 2 or {"", ".", ".."} & set(parts):
+                raise ValueError("a zip with names that no build writes")
+            self._entries[name] = entry
+        if len(tops) != 1:
+            raise ValueError("a zip with names that no build writes")
+        self._libraries = {program: self._library_of(program) for program in programs}
+
+    def _library_of(self, program: str) -> str:
+        for folder in _FOLDERS:
+            libraries = [
+                name
+                for name, entry in self._entries.items()
+                if name.rpartition("/")[0] == f"{folder}/{program}"
+                and name.endswith(".so")
+                and entry.file_size
+            ]
+            if len(libraries) == 1:
+                return libraries[0]
+        raise ValueError(f"a zip without a library for {program}")
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def offset_of(self, name: str) -> int:
+        """Return where the bytes of a stored entry begin in the file. KeyError: no such entry."""
+        entry = self._entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is not stored as it is")
+        # a local header: 30 bytes, with the lengths of the name and of the padding at its end
+        header = os.pread(self._file.fileno(), 30, entry.header_offset)
+        lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        return entry.header_offset + 30 + sum(lengths)
+
+    def library(self, name: str) -> str:
+        """Return a path that opens an entry's library, as long as this process lives.
+
+        The code never lies in a folder: there is none to be writable, or to forbid execution, and
+        none is left behind. KeyError: no such entry.
+        """
+        content = self._archive.read(self._entries[name])
+        descriptor = os.memfd_create(Path(name).name)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        return f"/proc/self/fd/{descriptor}"
+
+    def program(self, program: str) -> str:
+        return self.library(self._libraries[program])
+
+    def unpack_kernels(self) -> "tempfile.TemporaryDirectory[str]":
+        """Return a folder with one per program of its CUDA kernels: data, which only CUDA reads."""
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="llama-kernels-")
+            for program, library in self._libraries.items():
+                own = Path(folder.name, program)
+                own.mkdir()
+                for name, entry in self._entries.items():
+                    beside = name.rpartition("/")[0] == library.rpartition("/")[0]
+                    if beside and not name.endswith(".so"):
+                        (own / Path(name).name).write_bytes(self._archive.read(entry))
+        except OSError as error:
+            raise EnvironmentProblemError(
+                f"cannot unpack CUDA kernels below {tempfile.gettempdir()} "
+                f"({error.strerror or error}): set TMPDIR to a folder that you can write to"
+            ) from error
+        return folder

@@ -1,0 +1,130 @@
+"""The machine and the stack, told without importing torch: processor, GPU, versions."""
+
+import functools
+import os
+import platform
+import re
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common import cuda
+
+# set in processes whose GPU computes nothing: what they make must never meet a real one
+REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
+# what generated code may use of a processor; other words of /proc/cpuinfo do not matter
+_CODE_FEATURES = re.compile(
+    r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
+)
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}
+# Turns of a loop in which a thread of OpenMP waits for the others before it sleeps. libgomp's own
+# 300,000 make a model's decode 30 times slower beside other work, and hardly faster alone.
+SPIN_COUNT = 20000
+
+
+def spin_less() -> None:
+    """Have OpenMP's threads sleep soon; before the library is loaded. A user's choice stays."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the stack, None where unknown: the GPU once this process uses it."""
+    return gpu_environment() | _stack() | ({"rehearsal": True} if in_rehearsal() else {})
+
+
+def in_rehearsal() -> bool:
+    return bool(os.environ.get(REHEARSAL_VARIABLE))
+
+
+_uses_gpu = False
+
+
+def use_gpu() -> None:
+    """Say that this process computes on the GPU: it is part of its environment from now on."""
+    global _uses_gpu
+    _uses_gpu = True
+
+
+def gpu_environment() -> dict[str, Any]:
+    """Return name, compute capability, driver and CUDA of the GPU in use, each None without one."""
+    if not _uses_gpu:
+        return dict.fromkeys(("gpu", "compute_capability", "driver", "cuda"))
+    # the kernel module says it at once; nvidia-smi takes a good part of a second, inside a start
+    driver = _found_in("/proc/driver/nvidia/version", r"\s(\d+\.[\d.]+)")
+    gpu = cuda.describe()
+    return {
+        "gpu": gpu.name,
+        "compute_capability": gpu.capability,
+        "driver": driver[0] if driver else None,
+        "cuda": torch_cuda_version() or cuda.runtime_version(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Return an installed package's version without importing it, or None."""
+    # imported here: --help does without its 50 ms
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def torch_folder() -> Path | None:
+    """Return where torch is installed, without importing it; None without one."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def torch_cuda_version() -> str | None:
+    """Return the CUDA version that the installed torch was built for, or None."""
+    folder = torch_folder()
+    found = _found_in(f"{folder}/version.py", r"^cuda\b.*= '(\d+\.\d+)'")
+    return found[0] if found else None
+
+
+def cpu_features() -> set[str]:
+    """Return the instruction-set extensions of this processor; empty where unknown."""
+    lines = _found_in("/proc/cpuinfo", r"^((?:flags|Features)\s*:.*)")
+    words = lines[0].partition(":")[2].split() if lines else ()
+    # aarch64 lists nothing but extensions
+    listed = bool(lines) and lines[0].startswith("Features")
+    return {word for word in words if listed or _CODE_FEATURES.match(word)}
+
+
+def cpu_capability() -> str:
+    """Return how wide this processor's vectors are, in torch's words: AVX512, AVX2 or DEFAULT."""
+    features = cpu_features()
+    if features >= _AVX512:
+        return "AVX512"
+    return "AVX2" if features >= {"avx2", "fma"} else "DEFAULT"
+
+
+@functools.cache  # asks git, and reads metadata of packages: once a process
+def _stack() -> dict[str, Any]:
+    # of the repository that this file is in, marked when it has changes
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    quiet = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parent, "timeout": 10}
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.check_output(describe, text=True, **quiet).strip()
+    cpus = _found_in("/proc/cpuinfo", r"^model name\s*: (.*)")
+    return {
+        **{name: package_version(name) for name in ("torch", "triton", "transformers")},
+        "python": platform.python_version(),
+        # not platform.platform(): the name of a kernel build tells of the machine's owner
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
+        "cpu": f"{cpus[0]} x{len(cpus)}" if cpus else platform.processor() or None,
+        "commit": commit,
+    }
+
+
+def _found_in(path: str, pattern: str) -> list[str]:
+    file = Path(path)
+    return re.findall(pattern, file.read_text(), re.MULTILINE) if file.exists() else []
