@@ -35,7 +35,7 @@ struct Floats8 {
 #if defined(__x86_64__) && !defined(__clang__)
 #define HAS_WIDE_TILES
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")
+#pragma GCC target("avx512f,avx512dq")
 // Add the sum of each of four vectors' lanes to sums, all four at once.
 inline void add_totals_of_four(const __m512* totals, float* sums) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(totals[0], totals[1]),
@@ -60,6 +60,7 @@ struct Floats16 {
 #include "product_tile.inc"
 };
 
+#pragma GCC target("avx512bf16")
 struct Pairs16 {  // two products of bfloat16 in each lane
   using Element = uint16_t;
   using Vector = __m512i;
@@ -73,6 +74,9 @@ struct Pairs16 {  // two products of bfloat16 in each lane
 #include "product_tile.inc"
 };
 #pragma GCC pop_options
+
+bool has_wide() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
+bool has_pairs() { return has_wide() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Rows of k elements: the tokens, or the weights of the output's columns.
@@ -181,21 +185,16 @@ using Multiply = void (*)(const Rows&, const Rows&, int64_t, const Finish&);
 // The widest instructions that this processor has for a dtype.
 Multiply choose(int32_t dtype) {
 #if defined(HAS_WIDE_TILES)
-  static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  static const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
-  if (pairs && dtype == kBfloat16) return multiply_with<Pairs16>;
-  if (pairs) return multiply_with<Floats16>;
+  if (has_wide() && dtype != kBfloat16) return multiply_with<Floats16>;
+  if (has_pairs() && dtype == kBfloat16) return multiply_with<Pairs16>;
 #endif
   return multiply_with<Floats8>;
 }
 
 bool is_broadcast(int64_t size, int64_t wanted) { return size == 1 || size == wanted; }
 
-}  // namespace
-
-void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
-              double beta, double alpha) {
+void check_and_multiply(Multiply chosen, Tensor& out, const Tensor& left, const Tensor& right,
+                        const Tensor* added, double beta, double alpha) {
   require(out.dims == 2 && left.dims == 2 && right.dims == 2, "a product takes matrices");
   const int64_t n = left.sizes[0], k = left.sizes[1], r = right.sizes[1];
   require(right.sizes[0] == k && out.sizes[0] == n && out.sizes[1] == r,
@@ -213,7 +212,14 @@ void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor
   const Rows tokens{left.data(), n, left.strides[0], left.strides[1], left.dtype, width};
   const Rows weights{right.data(), r, right.strides[1], right.strides[0], right.dtype, width};
   const Finish finish{out, added, static_cast<float>(beta), static_cast<float>(alpha)};
-  choose(out.dtype)(tokens, weights, k, finish);
+  chosen(tokens, weights, k, finish);
+}
+
+}  // namespace
+
+void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
+              double beta, double alpha) {
+  check_and_multiply(choose(out.dtype), out, left, right, added, beta, alpha);
 }
 
 }  // namespace llama
