@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> None:
     compiles = settings.mode == "skip"
     with private_compiler_caches() if compiles else nullcontext():
         document = run(settings, console)
-    write_json(document, settings.shared.json)
-    print_run(document, console)
+    if document:
+        write_json(document, settings.shared.json)
+        print_run(document, console)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One run: set up in the mode that the flags name, serve every request, tell."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,35 +16,53 @@ from common.cli import Console
 from common.errors import UsageError
 from common.measure import requests
 from common.measure.measures import Stages, process_start
+from common.model.conversation import converse, wants_conversation
 from common.model.target import choose_target
 from common.model.tokenizer import prompts_of
 
 
-def run(settings: RunSettings, console: Console) -> dict:
-    """Set up, serve every request, and return the run's result."""
+def run(settings: RunSettings, console: Console) -> dict | None:
+    """Set up, serve every request, and return the run's result; a conversation has none."""
     stages = Stages(process_start())
     stages.close("imports")
     settings = with_fetched_package(settings, console)
     opening = open_run(settings, console)
     stages.close("device")
-    target, plan, codec = opening.target, opening.plan, opening.codec
+    plan, codec = opening.plan, opening.codec
+    if wants_conversation(settings.prompt):
+        if settings.shared.json:
+            raise UsageError(
+                "--json keeps a run's result, and a conversation has none: ask --prompt"
+            )
+        generate, *_ = set_up(settings, opening, plan.padded(1), stages, console)
+        converse(codec, generate)
+        return None
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     if settings.mode != "eager":
         for prompt in prompts:
             plan.check_request(len(prompt), settings.prompt.max_new_tokens)
-    artifact = watch = None
-    if settings.mode == "load":
-        opening = opening.warmed_up_with(plan.padded(len(prompts[0])))
-        engine = opening.load(console, stages.close)
-        artifact, generate = engine.artifact, generate_with(engine.tokens, settings)
-    else:
-        generate, watch = serve_without_package(settings, opening, stages, console)
-    document = requests.serve_requests(
-        APPROACH, settings.mode, settings, target, codec, prompts, generate, stages, watch, console
-    )
     padded = len(prompts[0]) if settings.mode == "eager" else plan.padded(len(prompts[0]))
+    generate, artifact, watch = set_up(settings, opening, padded, stages, console)
+    document = requests.serve_requests(
+        APPROACH, settings.mode, settings, opening.target, codec, prompts, generate, stages, watch,
+        console,
+    )  # fmt: skip
     document["output"]["padded_tokens"] = padded
     return document | {"artifact": artifact}
+
+
+def set_up(
+    settings: RunSettings, opening: Opening, padded: int, stages: Stages, console: Console
+) -> tuple[requests.Generate, Mapping[str, Any] | None, Any]:
+    """Return what serves a prompt, what is told of the package, and what watches the compiler.
+
+    `padded`: tokens of the first prompt, with its padding.
+    """
+    if settings.mode != "load":
+        generate, watch = serve_without_package(settings, opening, stages, console)
+        return generate, None, watch
+    engine = opening.warmed_up_with(padded).load(console, stages.close)
+    return generate_with(engine.tokens, settings), engine.artifact, None
 
 
 def open_run(settings: RunSettings, console: Console) -> Opening:

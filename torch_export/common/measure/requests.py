@@ -59,9 +59,9 @@ def serve_requests(
     shows_all = settings.prompt.show_completions or settings.prompt.prompts_file is not None
     shown = len(prompts) if shows_all else 1
     served = [_serve(prompt, generate, text_printer(codec)) for prompt in prompts[:shown]]
-    # a bar for those that show nothing else
-    with console.bar(prompts[shown:], "generate", "request") as rest:
-        served += [_serve(prompt, generate, lambda token_id: None) for prompt in rest]
+    if rest := prompts[shown:]:
+        with console.bar(rest, "generate", "request") as bar:  # they show nothing else
+            served += [_serve(prompt, generate, lambda token_id: None) for prompt in bar]
     requests, completions = zip(*served, strict=True)
     # request 1 up to its first token is prefill; all the rest of generation is decode
     stages.seconds["prefill"] = requests[0].ttft_seconds

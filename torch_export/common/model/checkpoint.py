@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
+from common.machine import package_version
 from common.model.presets import CONFIGS, materialize, preset_folder
 from common.model.resolve import RESOLVER, ask_transformers
 from common.model.stored import Stored, list_stored
@@ -302,10 +302,7 @@ def _cache_folder() -> Path | None:
 
 def _installed_transformers() -> str:
     """Return its version, "*" where there is none: then an answer of any version will do."""
-    try:
-        return version("transformers")
-    except PackageNotFoundError:
-        return "*"
+    return package_version("transformers") or "*"
 
 
 def _recall(files: str) -> dict[str, Any] | None:

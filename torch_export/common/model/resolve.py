@@ -8,11 +8,11 @@ transformers 4.57 and 5.24.
 import json
 import re
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.errors import EnvironmentProblemError, UsageError
+from common.machine import package_version
 
 
 def _words(text: str) -> frozenset[str]:
@@ -65,7 +65,7 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
         rope = _rope(model)
         answer = {
             "resolver": RESOLVER,
-            "transformers": version("transformers"),
+            "transformers": package_version("transformers"),
             "architecture": _architecture(config, model, rope),
             "rope": rope,
             **_token_ids(folder, config),
@@ -86,7 +86,7 @@ def read_config(folder: Path):
 
     words = json.loads((folder / "config.json").read_bytes())
     try:
-        if int(version("transformers").partition(".")[0]) >= 5 or "rope_parameters" not in words:
+        if _transformers_major() >= 5 or "rope_parameters" not in words:
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -108,7 +108,8 @@ def read_config(folder: Path):
 def _refusal(folder: Path, error: Exception) -> UsageError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return UsageError(
-        f"transformers {version('transformers')} cannot read {folder / 'config.json'}: {text}"
+        f"transformers {package_version('transformers')} cannot read "
+        f"{folder / 'config.json'}: {text}"
     )
 
 
@@ -235,7 +236,7 @@ def _parameters(model) -> dict[str, Any]:
         "optional": [name for name in names if _matches(optional, name)],
         "tied": tied,
         # transformers 5 leaves two tensors apart whose values in the file differ, 4 ties whatever
-        "ties_equal_only": int(version("transformers").partition(".")[0]) >= 5,
+        "ties_equal_only": _transformers_major() >= 5,
         "ignored": [
             *patterns("_keys_to_ignore_on_load_unexpected"),
             # rope frequencies, which early checkpoints hold, are computed since
@@ -326,8 +327,12 @@ def _cleans_up(tokenizer) -> bool:
     """Return whether decoding ends in `clean_up_tokenization`: ` .` becomes `.` and so on."""
     wanted = bool(tokenizer.clean_up_tokenization_spaces)
     bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    if int(version("transformers").partition(".")[0]) >= 5 and bpe:
+    if _transformers_major() >= 5 and bpe:
         # there it corrupts the text, so 5 does it for those alone who insist
         name = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
         wanted = wanted and bool(getattr(tokenizer, name, False))
     return wanted
+
+
+def _transformers_major() -> int:
+    return int(str(package_version("transformers")).partition(".")[0])
