@@ -242,13 +242,14 @@ class _Assembly:
                 machine.cuda.runtime()  # whose functions the library calls
             interface = c_interface.open_runtime(self.package.library(RUNTIME))
         steps = c_interface.open_library(self.package.library(STEPS))
-        steps.llama_step.restype = ctypes.c_int64
+        steps.llama_step.restype = ctypes.c_int32
         self._libraries = (steps, interface)
         kernels = self.package.unpack_kernels() if device == "cuda" else None
         opened = {}
         for name in programs:
             cubins = Path(kernels.name, name) if kernels else None
-            opened[name] = c_interface.Program(self.package.program(name), device, cubins)
+            path = self.package.program(name, self.library)
+            opened[name] = c_interface.Program(path, interface, device, cubins)
         return opened, kernels
 
     def _finish(self, engine, upload: Upload, kernels):
