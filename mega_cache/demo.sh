@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of it on a small model, on any machine, in a minute or two.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also through a link
 . "$here/common/env.sh"
 
 # its own artifact, so that a real one built before is not replaced

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and test this folder. pytest and the rest are put beside the environment, not into it.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also through a link
 . "$here/common/env.sh"
 . "$here/tests/tools.sh"
 # two workers, a test file to each: most of the time goes to compilers that use one core. More OpenMP

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also through a link
 . "$here/common/env.sh"
 exec "$PYTHON" "$here/run_llama_aotinductor.py" --compare-load-vs-skip "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build, run and measure a small model's package with a KV cache, on any machine, in a minute or two.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also through a link
 . "$here/common/env.sh"
 
 # a package of its own, so that a real one built before is not replaced; a cache that fits

@@ -1,8 +1,10 @@
 # Sourced by the wrappers: sets PYTHON to an interpreter that has torch and transformers.
 # Kept if the user set it; else the active python3; else the repository's .venv, made on first use.
 
-common_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repo_dir=$(cd "$common_dir/../.." && pwd)
+# no `cd`: it says where it went if the user exports CDPATH
+common_dir=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+repo_dir=$(dirname "$(dirname "$common_dir")")
+unset PYTHONSAFEPATH # a script imports from its own folder
 
 # looking for a package is a hundred times faster than importing it
 has_packages() {

@@ -1,9 +1,8 @@
 """The checkpoint's weights as torch's tensors, over the memory that `common` brings them to."""
 
-import warnings
+import ctypes
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from common.model import weights
@@ -15,7 +14,7 @@ def start_upload(target: Target) -> Callable[[], dict[str, torch.Tensor]]:
     stored = target.checkpoint.stored
     if target.device != "cuda":
         host = weights.start_upload(stored, target.device, target.dtype).tensors
-        return lambda: {name: _view(one.owner, one) for name, one in host.items()}
+        return lambda: {name: _view(_memory_of(one), one) for name, one in host.items()}
     _, total = weights.device_layout(stored, target.dtype)
     # in memory of torch's own; zeros, as ordinary numbers, until the bytes are there
     pool = torch.zeros(total, dtype=torch.uint8, device=target.device)
@@ -30,9 +29,11 @@ def start_upload(target: Target) -> Callable[[], dict[str, torch.Tensor]]:
     return wait
 
 
-def _view(memory: np.ndarray | torch.Tensor, one: weights.Tensor) -> torch.Tensor:
-    if isinstance(memory, np.ndarray):
-        with warnings.catch_warnings():  # it is read-only, and nothing writes to weights
-            warnings.simplefilter("ignore", UserWarning)
-            memory = torch.from_numpy(memory.reshape(-1).view(np.uint8))
+def _memory_of(one: weights.Tensor) -> torch.Tensor:
+    raw = (ctypes.c_char * one.nbytes).from_address(one.address)
+    raw.owner = one.owner  # torch keeps `raw`, which keeps what the memory belongs to
+    return torch.frombuffer(raw, dtype=torch.uint8)
+
+
+def _view(memory: torch.Tensor, one: weights.Tensor) -> torch.Tensor:
     return memory[: one.nbytes].view(getattr(torch, one.dtype)).view(one.shape)

@@ -19,6 +19,7 @@ def load(
     """
     from aotinductor.flags import ExpectedShapeFlags, PackageFileFlags
     from aotinductor.lengths import find_plan
+    from aotinductor.models import refuse_unsupported
     from aotinductor.start.opening import make_opening
     from common.artifact.disk import TrustFlags
     from common.cli import Console, SharedFlags
@@ -26,4 +27,6 @@ def load(
     pair, quiet = PackageFileFlags(Path(path)).pair(), Console(quiet=True)
     plan = find_plan(pair, ExpectedShapeFlags(), must_agree=True)
     wanted, flags = SharedFlags(model or "", device, dtype), TrustFlags(trust, expect_sha256)
-    return make_opening(pair, wanted, flags, plan, quiet).load(quiet)
+    opening = make_opening(pair, wanted, flags, plan, quiet)
+    refuse_unsupported(opening.target.checkpoint, plan.slots is not None)
+    return opening.load(quiet)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aotinductor.flags import BuildSettings
@@ -9,22 +10,25 @@ from aotinductor.lengths import make_bounds
 from common import machine
 from common.artifact.manifest import Difference, Manifest, differences
 from common.model.checkpoint import Checkpoint
+from common.model.stored import Stored
 from common.model.target import Target
 
 COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
-_SAMPLE_BYTES = 4096  # of each tensor: a fine-tune that changes a tensor changes its beginning
+_CHUNK_BYTES = 1 << 20
 
 
 def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
     """Return every setting that shapes the package."""
+    embed = settings.weights_embedded
     return {
         **machine_of(target.device),
         **make_bounds(settings.shape).as_json(),
-        "weights_fingerprint": weights_fingerprint(target.checkpoint),
+        # of weights that are in the package: one of code only is for any of its architecture
+        "weights_fingerprint": weights_fingerprint(target.checkpoint) if embed else None,
         "layer_digest": target.checkpoint.layer_digest,
         **vars(settings.graph),
         "max_cache_len": settings.slots,
-        "embed_weights": settings.weights_embedded,
+        "embed_weights": embed,
     }
 
 
@@ -42,9 +46,13 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
             here["cpu_capability"] = built.get("cpu_capability")
     # a package of code only is bound to whatever weights of its architecture are there
     if built.get("embed_weights"):
-        # a folder may hold configuration and tokenizer only
-        found = weights_fingerprint(target.checkpoint)
-        here["weights_fingerprint"] = found or built.get("weights_fingerprint")
+        # a folder may hold configuration and tokenizer only; and all of a checkpoint is read again
+        # only if its files are not the very ones that the build read
+        files = files_identity(target.checkpoint)
+        if files is None or files == manifest.details.get("weights_files"):
+            here["weights_fingerprint"] = built.get("weights_fingerprint")
+        else:
+            here["weights_fingerprint"] = weights_fingerprint(target.checkpoint)
     model = target.describe_model()
     if built.get("kv_cache"):  # one layer, compiled once, serves any depth
         here["layer_digest"] = target.checkpoint.layer_digest
@@ -65,19 +73,39 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str | None:
-    """Return a digest of every tensor's name, shape, dtype and first bytes; None without weights.
+    """Return a digest of all that the model reads: names, shapes, bytes; None without weights.
 
     Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
     with the weights in the package. It is the same however the tensors are cut into files.
     """
-    if not checkpoint.stored:
-        return None
-    digest = hashlib.sha256()
-    for name, stored in sorted(checkpoint.stored.items()):
-        with open(stored.path, "rb") as file:
-            file.seek(stored.begin)
-            sample = file.read(min(_SAMPLE_BYTES, stored.nbytes))
-        digest.update(f"{name} {stored.dtype} {stored.shape}".encode() + sample)
+    stored = checkpoint.stored
+    names = sorted(checkpoint.parameters.keys() & stored.keys())
+    with ThreadPoolExecutor() as pool:  # reading and hashing both let go of the GIL
+        digests = pool.map(_content_digest, [stored[name] for name in names])
+        lines = [
+            f"{name} {stored[name].dtype} {stored[name].shape} {digest}"
+            for name, digest in zip(names, digests, strict=True)
+        ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if stored else None
+
+
+def files_identity(checkpoint: Checkpoint) -> str | None:
+    """Return a digest that changes when another file takes the place of one of the weights'.
+
+    Of places, sizes, inodes and times of change: no byte is read. None without weights.
+    """
+    stats = [(path, path.stat()) for path in sorted({t.path for t in checkpoint.stored.values()})]
+    lines = [f"{path} {one.st_size} {one.st_ino} {one.st_mtime_ns}" for path, one in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
+
+
+def _content_digest(tensor: Stored) -> str:
+    digest, left = hashlib.sha256(), tensor.nbytes
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.begin)
+        while left and (piece := file.read(min(_CHUNK_BYTES, left))):
+            digest.update(piece)
+            left -= len(piece)
     return digest.hexdigest()
 
 

@@ -1,49 +1,67 @@
 """One run: set up in the mode that the flags name, serve every request, tell."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
 from aotinductor.lengths import find_plan
+from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import find_differences
 from aotinductor.start.engine import Engine
 from aotinductor.start.loading import choose_library, require_gpu_for_graph
 from aotinductor.start.opening import Opening, make_opening
-from common.artifact import manifest, store
 from common.cli import Console
 from common.errors import UsageError
 from common.measure import requests
 from common.measure.measures import Stages, process_start
+from common.model.conversation import converse, wants_conversation
 from common.model.target import choose_target
 from common.model.tokenizer import prompts_of
 
 
-def run(settings: RunSettings, console: Console) -> dict:
-    """Set up, serve every request, and return the run's result."""
+def run(settings: RunSettings, console: Console) -> dict | None:
+    """Set up, serve every request, and return the run's result; a conversation has none."""
     stages = Stages(process_start())
     stages.close("imports")
     settings = with_fetched_package(settings, console)
     opening = open_run(settings, console)
     stages.close("device")
-    target, plan, codec = opening.target, opening.plan, opening.codec
+    plan, codec = opening.plan, opening.codec
+    if wants_conversation(settings.prompt):
+        if settings.shared.json:
+            raise UsageError(
+                "--json keeps a run's result, and a conversation has none: ask --prompt"
+            )
+        generate, *_ = set_up(settings, opening, plan.padded(1), stages, console)
+        converse(codec, generate)
+        return None
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     if settings.mode != "eager":
         for prompt in prompts:
             plan.check_request(len(prompt), settings.prompt.max_new_tokens)
-    artifact = watch = None
-    if settings.mode == "load":
-        opening = opening.warmed_up_with(plan.padded(len(prompts[0])))
-        engine = opening.load(console, stages.close)
-        artifact, generate = engine.artifact, generate_with(engine.tokens, settings)
-    else:
-        generate, watch = serve_without_package(settings, opening, stages, console)
-    document = requests.serve_requests(
-        APPROACH, settings.mode, settings, target, codec, prompts, generate, stages, watch, console
-    )
     padded = len(prompts[0]) if settings.mode == "eager" else plan.padded(len(prompts[0]))
+    generate, artifact, watch = set_up(settings, opening, padded, stages, console)
+    document = requests.serve_requests(
+        APPROACH, settings.mode, settings, opening.target, codec, prompts, generate, stages, watch,
+        console,
+    )  # fmt: skip
     document["output"]["padded_tokens"] = padded
     return document | {"artifact": artifact}
+
+
+def set_up(
+    settings: RunSettings, opening: Opening, padded: int, stages: Stages, console: Console
+) -> tuple[requests.Generate, Mapping[str, Any] | None, Any]:
+    """Return what serves a prompt, what is told of the package, and what watches the compiler.
+
+    `padded`: tokens of the first prompt, with its padding.
+    """
+    if settings.mode != "load":
+        generate, watch = serve_without_package(settings, opening, stages, console)
+        return generate, None, watch
+    engine = opening.warmed_up_with(padded).load(console, stages.close)
+    return generate_with(engine.tokens, settings), engine.artifact, None
 
 
 def open_run(settings: RunSettings, console: Console) -> Opening:
@@ -51,6 +69,8 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
     loading, pair = settings.loading, settings.files.pair()
     plan = find_plan(pair, settings.shape, settings.mode == "load", loading.bucket_pad)
     opening = make_opening(pair, settings.shared, settings.trust, plan, console)
+    if settings.mode != "eager":
+        refuse_unsupported(opening.target.checkpoint, plan.slots is not None)
     require_gpu_for_graph(loading.cuda_graph, opening.target.device, opening.plan.slots)
     if settings.sampling.temperature and settings.mode != "eager" and opening.plan.slots is None:
         raise UsageError(
@@ -111,6 +131,9 @@ def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings
     """Return the settings with the local copy of a store's package, where --fetch names one."""
     if settings.store.fetch is None:
         return settings
+    # imported here: most starts find their package where it was built
+    from common.artifact import manifest, store
+
     target = choose_target(settings.shared, Console(quiet=True))
     asked = settings.shape.given
 

@@ -57,9 +57,25 @@ def parse_flags(
     parser = _make_parser(description, groups, defaults)
     values = vars(parser.parse_args(argv))
     try:
+        _check_result_file(values)
         return tuple(_instance(group, values) for group in groups)
     except ValueError as error:  # raised by a group's __post_init__: flags that exclude each other
         parser.error(str(error))
+
+
+def _check_result_file(values: dict[str, Any]) -> None:
+    """Raise ValueError if `--json` would fail after the work, or overwrite what is worked on."""
+    result = values.get("json")
+    if result is None:
+        return
+    if result.is_dir():
+        raise ValueError(f"--json {result} is a folder: name a file")
+    for name, path in values.items():
+        if isinstance(path, Path) and name != "json":
+            taken = (path, path.with_name(f"{path.stem}_meta.json"))  # an artifact's metadata
+            if result.resolve() in [one.resolve() for one in taken]:
+                flag_name = name.replace("_", "-")
+                raise ValueError(f"--json {result} would overwrite what --{flag_name} names")
 
 
 def words_besides(groups: Sequence[type], argv: Sequence[str]) -> list[str]:
@@ -156,6 +172,14 @@ positive_int = _at_least(1)
 non_negative_int = _at_least(0)
 
 
+def seed_int(text: str) -> int:
+    """Parse what torch takes for a seed: 0 to 2**63 - 1."""
+    value = non_negative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}")
+    return value
+
+
 def positive_ints(text: str) -> tuple[int, ...]:
     """Parse `128,256`: sorted, without repeats."""
     return tuple(sorted(set(map(positive_int, text.split(",")))))
@@ -198,7 +222,7 @@ class SharedFlags:
     )
     device: str = flag("auto", "auto: CUDA when there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("auto", "of weights, auto: bfloat16 on CUDA, float32 on CPU", choices=DTYPES)
-    seed: int = flag(0, "of sampling and of synthetic prompts", parse=non_negative_int)
+    seed: int = flag(0, "of sampling and of synthetic prompts", parse=seed_int)
     json: Path | None = flag(None, "file to write the whole result to, as JSON", often=True)
     verbose: bool = flag(False, "print every measure", often=True)
     quiet: bool = flag(False, "no progress on stderr; results and warnings only")
@@ -231,6 +255,9 @@ class PromptFlags:
             raise ValueError("--prompt is empty: give some text, or --prompt-length N")
 
 
+_LOWEST_TEMPERATURE = 1e-5
+
+
 @dataclass(frozen=True)
 class SamplingFlags:
     """sampling"""
@@ -242,6 +269,11 @@ class SamplingFlags:
     def __post_init__(self):
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature is a finite number >= 0, got {self.temperature}")
+        if 0.0 < self.temperature < _LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"--temperature {self.temperature} is below {_LOWEST_TEMPERATURE}, where logits "
+                "leave float32's range: use 0, greedy decoding"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"--top-p is a share above 0 and at most 1, got {self.top_p}")
         if not self.temperature and (self.top_k or self.top_p < 1.0):
@@ -289,3 +321,24 @@ class EquivalenceFlags:
         (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
     )
     logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
+
+
+_STORES = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
+
+
+@dataclass(frozen=True)
+class PublishFlags:
+    """store"""
+
+    publish: str | None = flag(None, f"URL of a store to put the artifact into: {_STORES}")
+
+
+@dataclass(frozen=True)
+class FetchFlags:
+    """store"""
+
+    fetch: str | None = flag(
+        None,
+        f"URL of a store to take the artifact from: {_STORES}; it is somebody else's code, so add "
+        "--expect-sha256 or --trust-artifact",
+    )

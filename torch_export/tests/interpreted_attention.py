@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from aotinductor.build import decode_kernel
 from aotinductor.build.layer_graphs import plain_attention
-from aotinductor.kv_generation import rope_table
+from aotinductor.start.kv_engine import rope_table
 
 # around the kernel's block of 32 slots; splits are empty, partly full or several blocks long
 POSITIONS = (0, 1, 31, 32, 33, 130, 517, 1023)
@@ -41,13 +41,13 @@ def measure(dtype: torch.dtype, head_dim: int, group: int, position: int) -> dic
     q, k, v = random(group * width), random(width), random(width)
     before = [random(SLOTS, width), random(SLOTS, width)]
     frequencies = torch.logspace(0, -4, head_dim // 2).tolist()
-    rope = rope_table(frequencies, 1.0, SLOTS, dtype, torch.device("cpu"))
+    rope = torch.from_numpy(rope_table(frequencies, 1.0, SLOTS))
     place = torch.tensor([position])
 
     expected_tables = [table.float() for table in before]
     row = [tensor.float() for tensor in (q, k, v)]
     scale = head_dim**-0.5
-    expected = plain_attention(*row, *expected_tables, place, rope.float(), scale)
+    expected = plain_attention(*row, *expected_tables, place, rope, scale)
 
     tables = [table.clone() for table in before]
     for table in tables:
@@ -81,8 +81,8 @@ def allow_tensor_bounds() -> None:
     """
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor):
-        patch(tensor)
+    def patched(tensor, *scope):  # which newer Triton adds
+        patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched

@@ -43,7 +43,7 @@ def answer_stop(module):
 
 AFTER_IMPORT = {
     "common.model.tokenizer": answer_text,
-    "aotinductor.verify": answer_difference,
+    "aotinductor.build.verify": answer_difference,
     "portable_cache.verification": answer_margin,
     "transformers.cache_utils": answer_cache_length,
     "transformers.generation.utils": answer_stop,

@@ -8,19 +8,17 @@ transformers 4.57 and 5.24.
 import json
 import re
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.errors import EnvironmentProblemError, UsageError
+from common.machine import package_version
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# raised when an answer has other fields or another meaning
-RESOLVER = 1
 # what shapes no graph and no token, of any family's configuration
 _NOISE = _words("""
     architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
@@ -64,8 +62,7 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         rope = _rope(model)
         answer = {
-            "resolver": RESOLVER,
-            "transformers": version("transformers"),
+            "transformers": package_version("transformers"),
             "architecture": _architecture(config, model, rope),
             "rope": rope,
             **_token_ids(folder, config),
@@ -86,7 +83,7 @@ def read_config(folder: Path):
 
     words = json.loads((folder / "config.json").read_bytes())
     try:
-        if int(version("transformers").partition(".")[0]) >= 5 or "rope_parameters" not in words:
+        if _transformers_major() >= 5 or "rope_parameters" not in words:
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -108,7 +105,8 @@ def read_config(folder: Path):
 def _refusal(folder: Path, error: Exception) -> UsageError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return UsageError(
-        f"transformers {version('transformers')} cannot read {folder / 'config.json'}: {text}"
+        f"transformers {package_version('transformers')} cannot read "
+        f"{folder / 'config.json'}: {text}"
     )
 
 
@@ -228,15 +226,14 @@ def _parameters(model) -> dict[str, Any]:
         return sorted({p for a in attributes for p in (getattr(model, a, None) or ())})
 
     optional = patterns("_keys_to_ignore_on_load_missing")
+    names = sorted(kept - tied.keys())
+    required = [name for name in names if not _matches(optional, name)]
     return {
-        "parameters": {
-            name: "x".join(map(str, shapes[name]))
-            for name in sorted(kept - tied.keys())
-            if not _matches(optional, name)
-        },
+        "parameters": {name: "x".join(map(str, shapes[name])) for name in required},
+        "optional": [name for name in names if _matches(optional, name)],
         "tied": tied,
         # transformers 5 leaves two tensors apart whose values in the file differ, 4 ties whatever
-        "ties_equal_only": int(version("transformers").partition(".")[0]) >= 5,
+        "ties_equal_only": _transformers_major() >= 5,
         "ignored": [
             *patterns("_keys_to_ignore_on_load_unexpected"),
             # rope frequencies, which early checkpoints hold, are computed since
@@ -311,18 +308,28 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _changes(stored, backend) -> dict[str, Any]:
-    """Return the sections of tokenizer.json that transformers has otherwise, as it has them."""
+    """Return the sections of tokenizer.json that transformers has otherwise, as it has them.
+
+    Of the model, which holds the vocabulary, only those of its fields.
+    """
     theirs, own = (json.loads(one.to_str()) for one in (backend, stored))
-    sections = (*_TOKENIZER_PARTS, "model")
-    return {name: theirs[name] for name in sections if theirs[name] != own[name]}
+    changes = {name: theirs[name] for name in _TOKENIZER_PARTS if theirs[name] != own[name]}
+    model, was = theirs["model"], own["model"]
+    if model != was:
+        changes["model"] = {k: v for k, v in model.items() if k not in was or v != was[k]}
+    return changes
 
 
 def _cleans_up(tokenizer) -> bool:
     """Return whether decoding ends in `clean_up_tokenization`: ` .` becomes `.` and so on."""
     wanted = bool(tokenizer.clean_up_tokenization_spaces)
     bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    if int(version("transformers").partition(".")[0]) >= 5 and bpe:
+    if _transformers_major() >= 5 and bpe:
         # there it corrupts the text, so 5 does it for those alone who insist
         name = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
         wanted = wanted and bool(getattr(tokenizer, name, False))
     return wanted
+
+
+def _transformers_major() -> int:
+    return int(str(package_version("transformers")).partition(".")[0])

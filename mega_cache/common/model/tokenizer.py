@@ -188,7 +188,9 @@ def load_codec(checkpoint: Checkpoint) -> TextCodec:
             for name in parts:
                 setattr(tokenizer, name, getattr(donor, name))
         else:
-            sections = json.loads(path.read_bytes()) | changes
+            sections = json.loads(path.read_bytes())
+            model = sections["model"] | changes.get("model", {})
+            sections = sections | changes | {"model": model}
             tokenizer = Tokenizer.from_str(json.dumps(sections))
     except Exception as error:  # tokenizers raises nothing more special
         raise UsageError(f"{path} is damaged ({error}): download it again") from error
@@ -241,15 +243,9 @@ def text_printer(codec: TextCodec) -> Callable[[int | None], None]:
     def show(token_id: int | None) -> None:
         text = stream.end() + "\n" if token_id is None else stream.add(token_id)
         if text:
-            print(printable(text), end="", flush=True)
+            print(text, end="", flush=True)
 
     return show
-
-
-def printable(text: str) -> str:
-    """Return text with escapes for what stdout cannot encode, as an ASCII terminal."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _clean(text: str) -> str:

@@ -9,9 +9,11 @@ with tensors that have their places:
     ...                      # upload.tensors can be bound, also captured, but not yet believed
     tensors = upload.wait()  # name -> tensor
 
-Neither torch nor transformers is imported here.
+Neither torch nor transformers is imported here, and numpy where a tensor is converted alone.
 """
 
+import ctypes
+import functools
 import math
 import mmap
 import os
@@ -21,12 +23,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from common import cuda
+from common.errors import EnvironmentProblemError
 from common.model.stored import Stored, item_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -38,8 +42,10 @@ _READERS = 8
 _STAGING_BYTES = 8 << 20
 
 
-def numpy_dtype(dtype: str) -> np.dtype:
+def numpy_dtype(dtype: str) -> "np.dtype":
     """Return how numpy holds values of this dtype: bfloat16, which it lacks, as their 16 bits."""
+    import numpy as np
+
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
@@ -64,30 +70,42 @@ def target_dtype(one: Stored, dtype: str | None) -> str:
 # --- on the host -----------------------------------------------------------------------------
 
 
-def map_tensor(one: Stored) -> np.ndarray:
-    """Return a read-only view of the tensor in the mapped file, as `numpy_dtype` has it."""
-    kind = numpy_dtype(one.dtype)
-    raw = _map_file(one.path, os.stat(one.path).st_mtime_ns)[one.begin :][: one.nbytes]
-    if one.begin % kind.itemsize:
-        raw = raw.copy()  # writers align tensors, the format does not demand it
-    return raw.view(kind).reshape(one.shape)
+def map_tensor(one: Stored) -> Tensor:
+    """Return the tensor within the mapped file, read-only: the page cache is its only copy."""
+    at, size = _map_file(one.path, os.stat(one.path).st_mtime_ns)
+    if one.begin + one.nbytes > size:
+        raise EnvironmentProblemError(f"{one.path} was cut off while it was opened: try again")
+    address, owner = at + one.begin, None
+    if one.begin % item_bytes(one.dtype):  # writers align tensors, the format does not demand it
+        owner = ctypes.create_string_buffer(one.nbytes)
+        ctypes.memmove(owner, address, one.nbytes)
+        address = ctypes.addressof(owner)
+    return Tensor(address, one.shape, one.dtype, owner)
 
 
-_mapped: dict[tuple[Path, int], np.ndarray] = {}
+@functools.cache  # a file is mapped once, and for as long as this process lives
+def _map_file(path: Path, changed: int) -> tuple[int, int]:
+    """Return the address of the file's bytes and their number.
+
+    libc's own mmap: Python's gives the address of a mapping that can be written to alone, which
+    for a large model may be more memory than the system promises.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        how = (ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno())
+        address = libc.mmap(None, *how, ctypes.c_size_t(0))
+    if address in (None, ctypes.c_void_p(-1).value):
+        reason = os.strerror(ctypes.get_errno())
+        raise EnvironmentProblemError(f"cannot map {path} into memory: {reason}")
+    return int(address), size
 
 
-def _map_file(path: Path, changed: int) -> np.ndarray:
-    """Return the file's bytes: the page cache is their only copy, and each file is mapped once."""
-    if (path, changed) not in _mapped:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            mapping = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        _mapped[path, changed] = np.frombuffer(mapping, np.uint8)
-    return _mapped[path, changed]
-
-
-def convert(values: np.ndarray, dtype: str, target: str) -> np.ndarray:
+def convert(values: "np.ndarray", dtype: str, target: str) -> "np.ndarray":
     """Return values, held as `numpy_dtype(dtype)`, in another dtype; rounded to nearest even."""
+    import numpy as np
+
     if dtype == target:
         return values
     if dtype == "bfloat16":
@@ -100,9 +118,15 @@ def convert(values: np.ndarray, dtype: str, target: str) -> np.ndarray:
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def host_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """Return the tensor that a contiguous array is; the array stays its owner."""
-    return Tensor(values.ctypes.data, values.shape, dtype, values)
+def converted(tensor: Tensor, dtype: str) -> Tensor:
+    """Return the tensor of the host in another dtype: a copy, unless it has that dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    import numpy as np
+
+    raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
+    values = convert(np.frombuffer(raw, numpy_dtype(tensor.dtype)), tensor.dtype, dtype)
+    return Tensor(values.ctypes.data, tensor.shape, dtype, values)
 
 
 # --- to the device ---------------------------------------------------------------------------
@@ -175,8 +199,7 @@ def device_layout(
 def _on_host(stored: Mapping[str, Stored], dtype: str | None) -> dict[str, Tensor]:
     tensors = {}
     for one in set(stored.values()):
-        kind = target_dtype(one, dtype)
-        tensors[one] = host_tensor(convert(map_tensor(one), one.dtype, kind), kind)
+        tensors[one] = converted(map_tensor(one), target_dtype(one, dtype))
     return {name: tensors[one] for name, one in stored.items()}
 
 
@@ -209,7 +232,7 @@ def _carry(work: SimpleQueue, failures: list[Exception]) -> None:
                 copied.record(stream)
                 turn = 1 - turn
         stream.wait()
-    except (OSError, cuda.EnvironmentProblemError) as error:  # for the thread that waits
+    except (OSError, EnvironmentProblemError) as error:  # for the thread that waits
         failures.append(error)
 
 
@@ -217,6 +240,8 @@ def _read_into(descriptor: int, target: memoryview, begin: int, dtype: str, want
     """Fill `target` from the file, converted to `wanted`. preadv lets go of the GIL."""
     if dtype != wanted:
         count = len(target) // item_bytes(wanted)
+        import numpy as np
+
         values = np.empty(count, numpy_dtype(dtype))
         _read_into(descriptor, memoryview(values).cast("B"), begin, dtype, dtype)
         target[:] = memoryview(convert(values, dtype, wanted)).cast("B")

@@ -34,7 +34,7 @@ from common.artifact.disk import (
     read_blob,
     write_pair,
 )
-from common.artifact.manifest import REHEARSAL_VARIABLE, SCHEMA, Manifest
+from common.artifact.manifest import SCHEMA, Manifest
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -44,6 +44,7 @@ from common.errors import (
     ScriptError,
     UsageError,
 )
+from common.machine import REHEARSAL_VARIABLE
 
 FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)

@@ -91,3 +91,32 @@ def test_the_configuration_is_json_values():
     assert config == {
         "text": "hello", "lengths": (1, 2), "place": "/a", "runs": 2, "strict": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--temperature=1e-38"], "use 0, greedy decoding"),
+        (["--temperature=nan"], "finite number"),
+        (["--seed=99999999999999999999"], "below 2**63"),
+        (["--seed=-1"], ">= 0"),
+        (["--json=/tmp"], "is a folder"),
+        (["--json=a/../b.bin", "--place=b.bin"], "would overwrite what --place names"),
+        (["--json=./b_meta.json", "--place=b.bin"], "would overwrite what --place names"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before_it(words, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags("", (flags.SharedFlags, flags.SamplingFlags, Theirs), words)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_largest_seed_and_a_low_temperature_are_taken():
+    import torch
+
+    words = [f"--seed={2**63 - 1}", "--temperature=1e-5", "--json=result.json"]
+    shared, sampling = parse_flags("", (flags.SharedFlags, flags.SamplingFlags), words)
+    torch.Generator().manual_seed(shared.seed)
+    logits = torch.tensor([[3e4, -3e4]]) / sampling.temperature
+    assert torch.multinomial(logits.softmax(-1), 1).item() == 0

@@ -107,3 +107,29 @@ def test_an_errors_traceback_is_for_debugging_only(capsys):
     )
     assert "Traceback" in end_of(ValueError("odd"), capsys, "--debug")[1]
     assert end_of(KeyboardInterrupt(), capsys) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_unwinds_so_that_temporary_folders_are_removed(number, tmp_path):
+    program = (
+        "import tempfile, time\n"
+        f"with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        "    print('there', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", SCRIPT, program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"there\n"
+        assert list(tmp_path.iterdir())
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, r"print('Gr\xfc\xdfe \U0001f999 \udcff')"],
+        env={"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Gr\\xfc\\xdfe \\U0001f999 \\udcff\n"

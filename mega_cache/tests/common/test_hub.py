@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import FOLDER
 
+from common.cli import Console
+from common.model.checkpoint import resolve_checkpoint
+
 TOKEN = "hf_aVerySecretTokenOfATest"
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"
 PROGRAM = f"""
@@ -73,7 +76,7 @@ def resolve(endpoint, home, model=MODEL, token=TOKEN, **environment):
     )
     assert "Traceback" not in done.stderr
     assert token.split("\x01")[0] not in done.stderr + done.stdout
-    return done.returncode, done.stderr.splitlines()[-1]
+    return done.returncode, (done.stderr.splitlines() or [""])[-1]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,53 @@ def test_without_a_network_the_way_out_is_named(environment, tmp_path):
     assert status == 5, line
     assert f"{MODEL} is not in the Hub cache" in line
     assert "--model-id random:tiny, which needs no network" in line
+
+
+def test_weights_of_other_formats_are_not_downloaded(tmp_path, tiny_files):
+    """One set of weights and what describes them: the Hub keeps others beside it."""
+    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    besides = {
+        "consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors",
+        "pytorch_model.bin", "original/model.safetensors", "README.md", "model.gguf",
+    }  # fmt: skip
+    asked = []
+
+    class Serve(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.partition("/resolve/")[2].partition("/")[2]
+            siblings = [{"rfilename": one} for one in sorted(wanted | besides)]
+            body = json.dumps({"id": MODEL, "sha": "a" * 40, "siblings": siblings}).encode()
+            if name:
+                asked.append(name)
+                body = tiny_files.get(name, b"-")
+            headers = {"ETag": f'"{name or 1}"', "X-Repo-Commit": "a" * 40}
+            self.send_response(200)
+            for one, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(one, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    status, line = resolve(
+        f"http://127.0.0.1:{server.server_port}", tmp_path, HF_HUB_DISABLE_XET="1"
+    )
+    server.shutdown()
+    server.server_close()
+    assert status == 0, line
+    assert set(asked) == wanted
+
+
+@pytest.fixture
+def tiny_files(shared_folders):
+    folder = resolve_checkpoint("random:tiny", Console(True)).folder
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_name_that_is_none_is_a_usage_error(tmp_path):

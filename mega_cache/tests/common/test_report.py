@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.artifact.manifest import REHEARSAL_VARIABLE
+from common.machine import REHEARSAL_VARIABLE
 from common.measure import report
 from common.measure.measures import (
     MEASURES,
@@ -84,6 +84,24 @@ def test_a_result_file_names_no_place_of_this_machine(tmp_path):
     path = tmp_path / "result.json"
     report.write_json({"command": [f"{tmp_path}/a", report.sys.executable]}, path)
     assert report.sys.executable not in path.read_text()
+
+
+def test_texts_stay_as_they_are_whatever_they_hold(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = f"[1,   2] /home/me/x {report.sys.executable} /tmp/y \N{REPLACEMENT CHARACTER}"
+    document = {
+        "command": ["/home/me/run", "--prompt", text, f"--prompt={text}", "--json=/home/me/r"],
+        "config": {"prompt": text, "json": "/home/me/r"},
+        "output": {"text": text, "token_ids": [1, 2]},
+        "completions": [text, text],
+        "error": "cannot write /home/me/r",
+    }
+    written = json.loads(report.as_json_text(document))
+    assert written["command"] == ["~/run", "--prompt", text, f"--prompt={text}", "--json=~/r"]
+    assert written["config"] == {"prompt": text, "json": "~/r"}
+    assert written["output"] == document["output"]
+    assert written["completions"] == document["completions"]
+    assert written["error"] == "cannot write ~/r"
 
 
 def test_stages_add_up_to_the_wall_time_without_what_hid_behind_them():

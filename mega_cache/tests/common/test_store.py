@@ -23,7 +23,7 @@ from common.artifact.disk import (
     read_blob,
     write_pair,
 )
-from common.artifact.manifest import REHEARSAL_VARIABLE, differences
+from common.artifact.manifest import differences
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -32,6 +32,7 @@ from common.errors import (
     EnvironmentProblemError,
     UsageError,
 )
+from common.machine import REHEARSAL_VARIABLE
 
 APPROACH = "torch_export"
 QUIET = Console(quiet=True)

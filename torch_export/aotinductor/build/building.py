@@ -11,7 +11,7 @@ from aotinductor.build.verify import verify_package
 from aotinductor.flags import APPROACH, BuildSettings
 from aotinductor.lengths import Plan, make_bounds
 from aotinductor.models import refuse_unsupported
-from aotinductor.recipe import make_recipe
+from aotinductor.recipe import files_identity, make_recipe
 from aotinductor.start.loading import Wish
 from common import machine
 from common.artifact import disk, manifest
@@ -57,8 +57,9 @@ def build(settings: BuildSettings, console: Console) -> dict:
             plan, wish = Plan(bounds), Wish(pair, TrustFlags())
             engine = open_compiled(path, found, wish, target, plan, embed)
             checks = verify_package(engine, model, plan)
-        checkpoint = target.checkpoint.resolved
-        details.update(found, verified=True, verification=checks, checkpoint=checkpoint)
+        details.update(found, verified=True, verification=checks)
+        details["checkpoint"] = target.checkpoint.resolved
+        details["weights_files"] = files_identity(target.checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:
         recipe, seconds = make_recipe(settings, target), stages.elapsed()

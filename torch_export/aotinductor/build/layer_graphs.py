@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aotinductor import torch_private
 from aotinductor.build.compiler import example_and_dim
 from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
 from aotinductor.lengths import Bounds
 from common.errors import UsageError
 
-# Frequencies of these depend on the length of the running sequence, which a table cannot hold.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
 ARGMAX_PARTS = 256
 # the parts of a layer that the programs model, in the order of their weights among the inputs
@@ -74,21 +73,15 @@ class LayerKind:
         return plain_attention
 
 
-def describe_layers(causal_lm, slots: int) -> LayerKind:
+def describe_layers(causal_lm) -> LayerKind:
     """Return the one kind of layer that the model has; raise UsageError, by name, if it hasn't."""
-    rope_type = causal_lm.model.rotary_emb.rope_type
-    window = getattr(causal_lm.config, "sliding_window", None)
     known = [f"{part}.{tensor}" for part in PARTS for tensor in ("weight", "bias")]
     first, *others = [
         {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
         for layer in causal_lm.model.layers
     ]
     problem = None
-    if rope_type in LENGTH_DEPENDENT_ROPE:
-        problem = f"rope type {rope_type!r} changes its frequencies with the length"
-    elif window is not None and window < slots:
-        problem = f"a sliding window of {window} tokens is shorter than the cache of {slots} slots"
-    elif unknown := [name for name in first if name not in known]:
+    if unknown := [name for name in first if name not in known]:
         problem = f"{', '.join(unknown)} of a layer is not modelled"
     elif different := [number for number, other in enumerate(others, 1) if other != first]:
         problem = f"layer {different[0]} has other tensors or shapes than layer 0"
@@ -198,16 +191,19 @@ class DecodeHead(Program):
         super().__init__(kind, weights)
 
     def run(self, given: Tensors) -> None:
-        self.choose(given["row"], given)
-        given["position"].add_(1)
+        token = self.choose(given["row"], given)
+        # always 1; said of the token, it needs no launch beside the one that writes the token
+        given["position"].add_((token[0] >= 0).long())
 
-    def choose(self, row: Tensor, given: Tensors) -> None:
+    def choose(self, row: Tensor, given: Tensors) -> Tensor:
+        """Write what all heads write, and return the token."""
         (logits,) = products(row, given, ["head"], self.kind, "norm")
         logits = materialized(logits)[None]
         given["logits"].copy_(logits)
         token = first_argmax(logits)
         given["token"].copy_(token)
         given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
+        return token
 
 
 class PrefillHead(DecodeHead):
@@ -301,8 +297,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     On CUDA always flash, where there is a flash kernel. Left the choice, torch 2.11 and later
     prefer cuDNN on Hopper, which makes a plan for every new length (23 to 37 ms) and is known for
-    wrong results (pytorch #193893, #169849). The choice is made while the graph is lowered, so a
-    context manager here would have no effect: the operator is called by its name.
+    wrong results (pytorch #193893, #169849).
     """
     if (
         q.device.type == "cuda"
@@ -311,8 +306,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         and q.shape[-1] <= 256
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     ):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(q, k, v, is_causal=True, scale=scale)[0]
+        return torch_private.flash_attention(q, k, v, scale)
     # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
     # materialises it for SDPA.)
     gqa = q.shape[1] != k.shape[1]
@@ -343,9 +337,9 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     return seen.flatten().to(q.dtype)
 
 
-def make_programs(causal_lm, cache: CacheShape) -> dict[str, Program]:
+def make_programs(causal_lm) -> dict[str, Program]:
     """Return the programs of a model by name, in the order of a sequence."""
-    kind = describe_layers(causal_lm, cache.slots)
+    kind = describe_layers(causal_lm)
     tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
     return {
         "prefill_layer": PrefillLayer(kind),

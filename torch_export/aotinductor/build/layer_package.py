@@ -56,7 +56,7 @@ def compile_layer_package(
 ) -> dict:
     """Write the package, and return the metadata's `details` of it."""
     cache = cache_shape(causal_lm, slots)
-    programs = make_programs(causal_lm, cache)
+    programs = make_programs(causal_lm)
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
         entries = {f"native/{name}": file for name, file in native.items()}

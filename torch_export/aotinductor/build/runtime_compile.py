@@ -21,7 +21,6 @@ from aotinductor.start.loading import (
     Wish,
     assemble,
     make_state,
-    read_embedding,
     usual_library,
 )
 from aotinductor.start.opening import Opening
@@ -86,7 +85,7 @@ def _torch_compiled(
     # without Inductor's own CUDA graphs: decode is captured here, as of a package
     mode = "max-autotune-no-cudagraphs" if max_autotune else "default"
     cache = cache_shape(model, plan.slots)
-    programs = make_programs(model, cache)
+    programs = make_programs(model)
     details = describe_package(model, cache, programs)
     compiled = {}
     for name, program in programs.items():
@@ -98,7 +97,8 @@ def _torch_compiled(
     state, memory = make_state(details, cache, target)
     weights = dict(model.named_parameters())
     steps = TorchSteps(compiled, details["programs"], weights, state, memory)
-    engine = KvEngine(steps, state, cache, memory, read_embedding(target))
+    steps.rotate_with(**details["rope"])
+    engine = KvEngine(steps, state, cache, memory)
     if target.device == "cuda" and opening.wish.cuda_graph is not False:
         steps.capture()
         engine.reset()
@@ -112,8 +112,8 @@ def _torch_compiled_base(
     graph = torch.compile(BaseGraph(model), fullgraph=True, dynamic=dynamic, mode=mode)
 
     @torch.no_grad()
-    def forward(ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
-        inputs = [torch.from_numpy(one).to(model.device) for one in (ids, mask)]
+    def forward(ids: list[int], mask: list[int], rows: range) -> np.ndarray:
+        inputs = [torch.tensor([one], device=model.device) for one in (ids, mask)]
         return graph(*inputs)[0, rows.start : rows.stop].float().cpu().numpy()
 
     return BaseEngine(forward, plan.padded)

@@ -1,13 +1,14 @@
 """Whole steps of the layer programs over torch tensors: a loop over the layers, then the head."""
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 
 from aotinductor.start.kv_engine import State
-from aotinductor.start.memory import GpuMemory, HostMemory
+from aotinductor.start.loading import EMBEDDING
+from aotinductor.start.memory import GpuMemory, Memory
 from common.model.weights import Tensor
 
 # a program: its inputs in order; it writes into them and returns nothing
@@ -18,7 +19,8 @@ def torch_view(tensor: Tensor, device: str) -> torch.Tensor:
     """Return the same memory as torch sees it; `tensor` must outlive it."""
     dtype = getattr(torch, tensor.dtype)
     if device == "cpu":
-        return torch.from_numpy(tensor.owner.view(np.uint8)).view(dtype).view(tensor.shape)
+        raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
+        return torch.frombuffer(raw, dtype=dtype).view(tensor.shape)
 
     class Bytes:
         __cuda_array_interface__ = {
@@ -39,7 +41,7 @@ class TorchSteps:
 
     def __init__(
         self, programs: Mapping[str, Run], inputs: Mapping[str, Sequence[str]],
-        weights: Mapping[str, torch.Tensor], state: State, memory: HostMemory | GpuMemory,
+        weights: Mapping[str, torch.Tensor], state: State, memory: Memory,
     ):  # fmt: skip
         device = memory.device
         self._programs, self._inputs, self._weights = programs, inputs, weights
@@ -53,6 +55,24 @@ class TorchSteps:
         if isinstance(memory, GpuMemory):
             self._stream = torch.cuda.ExternalStream(memory.stream.handle.value)
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def rotate_with(self, inv_freq: list[float], attention_scaling: float) -> None:
+        """Write the rotations of every slot, in float32, as Hugging Face computes them."""
+        rope = self._state["rope"]  # (2, slots, head_dim): cosines, and signed sines
+        positions = torch.arange(rope.shape[1], dtype=torch.float32, device=rope.device)
+        frequencies = torch.tensor(inv_freq, dtype=torch.float32, device=rope.device)
+        angles = positions[:, None] * frequencies
+        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+        rope.copy_(torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))))
+
+    @torch.no_grad()
+    def embed(self, token_ids: Sequence[int], name: str) -> None:
+        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            table, place = self._weights[EMBEDDING], self._state[name].flatten()
+            rows = table[torch.tensor(token_ids, device=table.device)].flatten()
+            place[: len(rows)].copy_(rows)
 
     def prefill(self, padded: int) -> None:
         """The prompt's rows stand in the first `padded` of `hidden`, its length in `position`."""

@@ -16,31 +16,33 @@ constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileColumns = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-int64_t rounded_up(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
 // out (rows, columns) += left (rows, inner) @ right (inner, columns); rows a multiple of 4, columns
 // of 16.
 void add_product(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
                  float* out, int64_t out_stride, int64_t rows, int64_t inner, int64_t columns) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     for (int64_t column = 0; column < columns; column += kTileColumns) {
+      float* corner = out + row * out_stride + column;
       Float8 sums[kTileRows][2];
+#pragma GCC unroll 4
       for (int r = 0; r < kTileRows; r++) {
-        std::memcpy(sums[r], out + (row + r) * out_stride + column, sizeof sums[r]);
+        sums[r][0] = load_float8(corner + r * out_stride);
+        sums[r][1] = load_float8(corner + r * out_stride + 8);
       }
       for (int64_t i = 0; i < inner; i++) {
-        Float8 both[2];
-        std::memcpy(both, right + i * right_stride + column, sizeof both);
+        const Float8 low = load_float8(right + i * right_stride + column);
+        const Float8 high = load_float8(right + i * right_stride + column + 8);
+#pragma GCC unroll 4
         for (int r = 0; r < kTileRows; r++) {
           const float factor = left[(row + r) * left_stride + i];
-          sums[r][0] += factor * both[0];
-          sums[r][1] += factor * both[1];
+          sums[r][0] += factor * low;
+          sums[r][1] += factor * high;
         }
       }
+#pragma GCC unroll 4
       for (int r = 0; r < kTileRows; r++) {
-        std::memcpy(out + (row + r) * out_stride + column, sums[r], sizeof sums[r]);
+        store_float8(corner + r * out_stride, sums[r][0]);
+        store_float8(corner + r * out_stride + 8, sums[r][1]);
       }
     }
   }
@@ -112,16 +114,12 @@ class Task {
     }
     Float8 total = {};
     for (int64_t key = 0; key < kKeys; key += 8) {
-      Float8 some;
-      std::memcpy(&some, scores + key, sizeof some);
-      some = exponential<Float8, Int8>(some - largest);
-      total += some;
-      std::memcpy(scores + key, &some, sizeof some);
+      const Float8 weights = exponential<Float8, Int8>(load_float8(scores + key) - largest);
+      total += weights;
+      store_float8(scores + key, weights);
     }
-    float sum = 0;
-    for (int lane = 0; lane < 8; lane++) sum += total[lane];
     const float kept = std::exp(before - largest);
-    sums_[row] = sums_[row] * kept + sum;
+    sums_[row] = sums_[row] * kept + sum_of(total);
     largest_[row] = largest;
     float* seen_row = seen(row);
     for (int64_t i = 0; i < padded_width_; i++) seen_row[i] *= kept;

@@ -2,54 +2,74 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import EnvironmentProblemError
+from common.errors import EnvironmentProblemError, writing
 
-STEPS, RUNTIME = "libllama_steps.so", "libllama_runtime.so"
-_SOURCES = Path(__file__).parent
+STEPS, RUNTIME, OPENMP = "libllama_steps.so", "libllama_runtime.so", "libgomp.so.1"
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
-_SOURCES_OF = {
+RUNTIME_SOURCES = {
     "cpu": ("runtime.cpp", "handles.cpp", "products.cpp", "attention.cpp"),
     "cuda": ("runtime_cuda.cpp", "handles.cpp"),
 }
 
 
 def compile_native(folder: Path, device: str) -> dict[str, Path]:
-    """Compile both libraries for "cpu" or "cuda" into `folder`; return their paths by name.
+    """Compile both libraries for "cpu" or "cuda" into `folder`; return the files there by name.
 
-    CXX names another compiler than g++. Raises EnvironmentProblemError with the compiler's first
-    error.
+    Beside them a copy of the compiler's libgomp, which programs need and slim images lack (its
+    licence has an exception for what is compiled with it). libstdc++ doesn't travel: the wheels of
+    tokenizers and numpy need it too. CXX names another compiler than g++. Raises
+    EnvironmentProblemError with the compiler's first error.
     """
-    runtime = folder / RUNTIME
-    _compile(_SOURCES_OF[device], runtime)
-    return {STEPS: compile_steps(folder), RUNTIME: runtime}
+    runtime, openmp = folder / RUNTIME, folder / OPENMP
+    linked = [_cuda_runtime()] if device == "cuda" else []
+    _compile([*RUNTIME_SOURCES[device], *linked], runtime)
+    question = [_compiler(), f"-print-file-name={OPENMP}"]
+    told = subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
+    with writing(openmp):
+        shutil.copy(told, openmp)
+    return {STEPS: compile_steps(folder), RUNTIME: runtime, OPENMP: openmp}
 
 
 def compile_steps(folder: Path) -> Path:
-    """Compile what makes a step's calls, and binds constants, into `folder`; return its path."""
+    """Compile what every start calls, a step's calls first of all, into `folder`."""
     library = folder / STEPS
-    _compile(("steps.cpp",), library)
+    _compile(["steps.cpp", "inputs.cpp"], library)
     return library
 
 
-def _compile(sources: Sequence[str], library: Path) -> None:
+def _compiler() -> str:
     wanted = os.environ.get("CXX", "g++")
-    compiler = shutil.which(wanted)
-    if compiler is None:
+    found = shutil.which(wanted)
+    if found is None:
         raise EnvironmentProblemError(
             f"no C++ compiler: {wanted} is not on PATH; install g++ or name another in CXX"
         )
-    # the level that packages are built for, whatever the machine that builds has beyond it
+    return found
+
+
+def _compile(inputs: list[str], library: Path) -> None:
+    # the level that packages are built for, whatever the building machine has beyond it
     level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
-    # the name that programs ask for, under which the loader knows a library opened before them
-    flags = [*_FLAGS, *level, f"-Wl,-soname,{library.name}"]
-    command = [compiler, *flags, "-o", str(library), *(str(_SOURCES / name) for name in sources)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    # by this name the loader knows a library that was opened before the programs that need it
+    name = f"-Wl,-soname,{library.name}"
+    command = [_compiler(), *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *inputs]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=_FOLDER)
     if ended.returncode != 0:
-        lines = ended.stderr.splitlines() or ["no message"]
-        error = next((line for line in lines if "error" in line), lines[0])
-        raise EnvironmentProblemError(f"{wanted} cannot compile {library.name}: {error}")
+        told = re.search(r".*error.*", ended.stderr)
+        text = told[0].strip() if told else "no message"
+        raise EnvironmentProblemError(f"{command[0]} cannot compile {library.name}: {text}")
+
+
+def _cuda_runtime() -> str:
+    """Return the libcudart that this process, which has imported torch, computes with."""
+    mapped = Path("/proc/self/maps").read_text()
+    found = re.search(r"/\S*/libcudart\S*\.so\.\d+$", mapped, re.MULTILINE)
+    if found is None:
+        raise EnvironmentProblemError("this torch brings no libcudart: install torch for CUDA")
+    return found[0]

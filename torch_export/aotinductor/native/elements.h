@@ -1,6 +1,7 @@
 // Elements of tensors as float32 and back, and e to the power of a vector of them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -48,46 +49,80 @@ inline bool is_floating(int32_t dtype) {
 
 // Read `count` elements of `dtype`, `stride` elements apart, as float32.
 inline void load_floats(const void* from, int32_t dtype, int64_t stride, int64_t count, float* to) {
-  if (dtype == kFloat32) {
-    const auto* elements = static_cast<const float*>(from);
-    for (int64_t i = 0; i < count; i++) to[i] = elements[i * stride];
-    return;
-  }
-  const auto* elements = static_cast<const uint16_t*>(from);
+  const auto* floats = static_cast<const float*>(from);
+  const auto* halves = static_cast<const uint16_t*>(from);
   int64_t i = 0;
-  if (dtype == kBfloat16) {
-    if (stride == 1) {
-      for (; i < count; i++) to[i] = from_bfloat16(elements[i]);
+  if (stride == 1) {  // a loop of its own is one of vectors
+    if (dtype == kFloat32) {
+      std::copy_n(floats, count, to);
+      return;
     }
-    for (; i < count; i++) to[i] = from_bfloat16(elements[i * stride]);
-    return;
-  }
+    if (dtype == kBfloat16) {
+      for (; i < count; i++) to[i] = from_bfloat16(halves[i]);
+    }
 #if defined(__x86_64__)
-  if (stride == 1) {  // compilers don't find this instruction in the plain loop
-    for (; i + 8 <= count; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+    for (; i + 8 <= count; i += 8) {  // compilers don't find this instruction by themselves
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
     }
-  }
 #endif
-  for (; i < count; i++) to[i] = from_float16(elements[i * stride]);
+  }
+  for (; i < count; i++) {
+    const int64_t at = i * stride;
+    to[i] = dtype == kFloat32    ? floats[at]
+            : dtype == kBfloat16 ? from_bfloat16(halves[at])
+                                 : from_float16(halves[at]);
+  }
 }
 
-inline void store_floats(const float* from, int64_t count, void* to, int32_t dtype, int64_t stride) {
-  if (dtype == kFloat32) {
-    auto* elements = static_cast<float*>(to);
-    for (int64_t i = 0; i < count; i++) elements[i * stride] = from[i];
-    return;
+// Write them, rounded to the nearest.
+inline void store_floats(const float* from, int64_t count, void* to, int32_t dtype,
+                         int64_t stride) {
+  auto* floats = static_cast<float*>(to);
+  auto* halves = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+  if (stride == 1) {
+    if (dtype == kFloat32) {
+      std::copy_n(from, count, floats);
+      return;
+    }
+    if (dtype == kBfloat16) {
+      for (; i < count; i++) halves[i] = to_bfloat16(from[i]);
+    }
+#if defined(__x86_64__)
+    for (; i + 8 <= count; i += 8) {
+      const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), eight);
+    }
+#endif
   }
-  auto* elements = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; i++) {
-    elements[i * stride] = dtype == kBfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
+  for (; i < count; i++) {
+    const int64_t at = i * stride;
+    if (dtype == kFloat32) {
+      floats[at] = from[i];
+    } else {
+      halves[at] = dtype == kBfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
+    }
   }
+}
+
+inline int64_t rounded_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
 }
 
 // Vectors of float32 and of the integers that hold their bits.
 using Float8 = float __attribute__((vector_size(32)));
 using Int8 = int32_t __attribute__((vector_size(32)));
+
+// At any address: a copy of the bytes is not made with one load by every compiler.
+using LooseFloat8 = float __attribute__((vector_size(32), aligned(4), may_alias));
+inline Float8 load_float8(const float* from) { return *reinterpret_cast<const LooseFloat8*>(from); }
+inline void store_float8(float* to, Float8 lanes) { *reinterpret_cast<LooseFloat8*>(to) = lanes; }
+
+inline float sum_of(Float8 lanes) {
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+         ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
 
 // Return e^x in each lane, within 1 unit in the last place; 0, infinity and NaN where float32 has
 // them.

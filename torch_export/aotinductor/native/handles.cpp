@@ -3,10 +3,13 @@
 // Names and signatures are those of torch/csrc/inductor/aoti_torch/c/shim.h, 2.9.1 to 2.14.1.
 
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 
 #include "tensor.h"
 
 using llama::as_error_code;
+using llama::checked;
 using llama::Device;
 using llama::require;
 using llama::Tensor;
@@ -73,12 +76,15 @@ int64_t extent_bytes(const Tensor& tensor) {
   return bytes;
 }
 
-Tensor& checked(Tensor* handle) {
-  require(handle != nullptr, "a handle is null");
-  return *handle;
-}
-
 }  // namespace
+
+std::shared_ptr<void> take_host_memory(int64_t bytes) {
+  constexpr int64_t kAlignment = 64;  // what vectors are loaded from best, and what torch gives
+  const int64_t whole = (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  void* memory = std::aligned_alloc(kAlignment, whole);
+  if (memory == nullptr) throw std::bad_alloc();
+  return std::shared_ptr<void>(memory, std::free);
+}
 
 std::unique_ptr<Tensor> empty_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides,
                                      int32_t dtype, Device device) {
@@ -128,14 +134,14 @@ EXPORTED int32_t aoti_torch_delete_tensor_object(Tensor* tensor) {
 
 EXPORTED int32_t aoti_torch_new_tensor_handle(Tensor* original, Tensor** created) {
   return as_error_code("aoti_torch_new_tensor_handle",
-                       [&] { *created = new Tensor(llama::checked(original)); });
+                       [&] { *created = new Tensor(checked(original)); });
 }
 
 EXPORTED int32_t aoti_torch__reinterpret_tensor(Tensor* original, int64_t dims,
                                                 const int64_t* sizes, const int64_t* strides,
                                                 int64_t offset, Tensor** created) {
   return as_error_code("aoti_torch__reinterpret_tensor", [&] {
-    const Tensor& source = llama::checked(original);
+    const Tensor& source = checked(original);
     auto tensor = llama::shaped(dims, sizes, strides, offset, source.dtype, source.device);
     tensor->storage_bytes = source.storage_bytes;
     require(llama::extent_bytes(*tensor) <= source.storage_bytes, "a view leaves its tensor");
@@ -147,7 +153,7 @@ EXPORTED int32_t aoti_torch__reinterpret_tensor(Tensor* original, int64_t dims,
 // A copy with the same strides, as far as a program can tell.
 EXPORTED int32_t aoti_torch_clone_preserve_strides(Tensor* original, Tensor** created) {
   return as_error_code("aoti_torch_clone_preserve_strides", [&] {
-    const Tensor& source = llama::checked(original);
+    const Tensor& source = checked(original);
     auto tensor = std::make_unique<Tensor>(source);
     tensor->memory = llama::take_memory(source.storage_bytes, source.device);
     llama::copy_memory(tensor->memory.get(), source.memory.get(), source.storage_bytes,
@@ -164,7 +170,7 @@ EXPORTED int32_t aoti_torch_clone(Tensor* original, Tensor** created) {
 #define ANSWER(function, Result, expression)                                     \
   EXPORTED int32_t function(Tensor* handle, Result* answer) {                    \
     return as_error_code(#function, [&] {                                        \
-      Tensor& tensor = llama::checked(handle);                                   \
+      Tensor& tensor = checked(handle);                                   \
       *answer = expression;                                                      \
     });                                                                          \
   }

@@ -1,9 +1,7 @@
 // libllama_runtime.so for a CPU: memory, and the operators that prefill's programs call.
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "attention.h"
 #include "elements.h"
@@ -11,19 +9,17 @@
 #include "tensor.h"
 
 using llama::as_error_code;
+using llama::attend;
+using llama::checked;
+using llama::multiply;
 using llama::require;
 using llama::Tensor;
 
 namespace llama {
 
-constexpr int64_t kAlignment = 64;  // what vector loads like best, and torch gives
-
 std::shared_ptr<void> take_memory(int64_t bytes, Device device) {
   require(device.type == kCpu, "this runtime library has memory of the CPU alone");
-  const int64_t whole = (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, whole);
-  if (memory == nullptr) throw std::bad_alloc();
-  return std::shared_ptr<void>(memory, std::free);
+  return take_host_memory(bytes);
 }
 
 void copy_memory(void* to, const void* from, int64_t bytes, Device) {
@@ -34,13 +30,13 @@ void copy_memory(void* to, const void* from, int64_t bytes, Device) {
 
 EXPORTED int32_t aoti_torch_cpu_mm_out(Tensor* out, Tensor* left, Tensor* right) {
   return as_error_code("aoti_torch_cpu_mm_out",
-                       [&] { llama::multiply(*out, *left, *right, nullptr, 0, 1); });
+                       [&] { multiply(checked(out), checked(left), checked(right), nullptr, 0, 1); });
 }
 
 EXPORTED int32_t aoti_torch_cpu_addmm_out(Tensor* out, Tensor* added, Tensor* left, Tensor* right,
                                           double beta, double alpha) {
   return as_error_code("aoti_torch_cpu_addmm_out", [&] {
-    llama::multiply(*out, *left, *right, added, beta, alpha);
+    multiply(checked(out), checked(left), checked(right), &checked(added), beta, alpha);
   });
 }
 
@@ -49,8 +45,8 @@ EXPORTED int32_t aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
     double* scale, Tensor** seen, Tensor** sums) {
   return as_error_code("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu", [&] {
     require(dropout == 0 && mask == nullptr, "attention takes no mask and no dropout here");
-    const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(query->sizes[3]));
-    auto results = llama::attend(*query, *key, *value, causal != 0, factor);
+    const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(checked(query).sizes[3]));
+    auto results = attend(checked(query), checked(key), checked(value), causal != 0, factor);
     *seen = results.first.release();
     *sums = results.second.release();
   });

@@ -54,11 +54,19 @@ inline void require(bool holds, const char* problem) {
   if (!holds) throw std::invalid_argument(problem);
 }
 
+inline Tensor& checked(Tensor* handle) {
+  require(handle != nullptr, "a handle is null");
+  return *handle;
+}
+
 // Return a new tensor over fresh memory of the device; throws where there is none left.
 std::unique_ptr<Tensor> empty_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides,
                                      int32_t dtype, Device device);
 
-// Each runtime library has its own: memory that goes back by itself when its last owner goes.
+// Memory that goes back by itself when its last owner goes; throws where there is none left.
+std::shared_ptr<void> take_host_memory(int64_t bytes);
+
+// Each runtime library has its own of these two.
 std::shared_ptr<void> take_memory(int64_t bytes, Device device);
 void copy_memory(void* to, const void* from, int64_t bytes, Device device);
 

@@ -12,15 +12,15 @@ from typing import Protocol
 import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, new_handle
-from aotinductor.start.memory import GpuMemory, HostMemory
-from common.model.weights import Tensor, convert
+from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_integers
+from common.model.weights import Tensor
 
 
 class Forward(Protocol):
     """The graph, called: by a package, or compiled at runtime."""
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
-        """Return the logits (rows, vocab) float32 of some rows, for ids and mask (1, padded)."""
+    def __call__(self, ids: list[int], mask: list[int], rows: range) -> np.ndarray:
+        """Return the logits (rows, vocab) float32 of some rows, for ids and mask (padded,)."""
         ...
 
 
@@ -28,7 +28,7 @@ class BaseProgram:
     """The graph out of a package."""
 
     def __init__(
-        self, program: Program, interface: Interface, memory: HostMemory | GpuMemory,
+        self, program: Program, interface: Interface, memory: Memory,
         longest: int, vocab_size: int, dtype: str,
     ):  # fmt: skip
         """`longest`: tokens of the longest padded sequence."""
@@ -37,12 +37,12 @@ class BaseProgram:
         self._inputs = [memory.zeros((1, longest), "int64") for _ in range(2)]
         self._run = program.library.AOTInductorModelContainerRunSingleThreaded
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, rows: range) -> np.ndarray:
+    def __call__(self, ids: list[int], mask: list[int], rows: range) -> np.ndarray:
         memory, device = self._memory, self._memory.device
         inputs = (ctypes.c_void_p * 2)()
         for at, values in enumerate((ids, mask)):
-            place = replace(self._inputs[at], shape=values.shape)
-            memory.write(self._inputs[at], values)
+            place = replace(self._inputs[at], shape=(1, len(values)))
+            write_integers(memory, place, values)
             inputs[at] = new_handle(self._interface, device, place).value
         outputs = (ctypes.c_void_p * 1)()
         stream = memory.stream.handle if isinstance(memory, GpuMemory) else None
@@ -53,8 +53,8 @@ class BaseProgram:
         output = ctypes.c_void_p(outputs[0])
         try:
             address = self._interface.data_pointer(output)
-            logits = Tensor(address, (ids.shape[1], self._vocab_size), self._dtype)
-            return convert(memory.read_rows(logits, rows), self._dtype, "float32")
+            logits = Tensor(address, (len(ids), self._vocab_size), self._dtype)
+            return read_floats(memory, logits, rows.start, len(rows))
         finally:
             self._interface.library.aoti_torch_delete_tensor_object(output)
 
@@ -72,10 +72,9 @@ class BaseEngine:
         The tokens stand at the left end of the padded sequence, the rest is masked.
         """
         length = len(token_ids)
-        ids = np.zeros((1, self._padded(length)), np.int64)
-        mask = np.zeros_like(ids)
-        ids[0, :length], mask[0, :length] = token_ids, 1
-        return self._forward(ids, mask, range(length - count, length))
+        pads = [0] * (self._padded(length) - length)
+        mask = [1] * length + pads
+        return self._forward([*token_ids, *pads], mask, range(length - count, length))
 
     def tokens(
         self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()

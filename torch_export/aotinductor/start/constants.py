@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
-from aotinductor.start.memory import GpuMemory, HostMemory
+from aotinductor.start.memory import Memory
 from common.model.stored import Stored
 from common.model.weights import Tensor, convert, target_dtype
 
@@ -32,7 +32,7 @@ class Constant:
 
 
 def read_constants(
-    details: dict[str, Any], memory: HostMemory | GpuMemory
+    details: dict[str, Any], memory: Memory
 ) -> tuple[list[Constant], dict[str, Tensor]]:
     """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
     rows = [Constant(**fields) for fields in details["constants"]]
@@ -40,8 +40,9 @@ def read_constants(
     for row in rows:
         if row.values is not None:
             array = np.array(row.values, np.float64).reshape(row.shape)
-            values[row.name] = memory.zeros(array.shape, row.dtype)
-            memory.write(values[row.name], convert(array, "float64", row.dtype))
+            held = np.ascontiguousarray(convert(array, "float64", row.dtype))
+            place = values[row.name] = memory.zeros(array.shape, row.dtype)
+            memory.fill(place, held.nbytes, lambda at, held=held: _copy(at, held))
     return [row for row in rows if row.name not in values], values
 
 
@@ -96,3 +97,7 @@ def bind(
     )  # fmt: skip
     if status:
         raise ValueError(f"its weights cannot be bound: code {status}")
+
+
+def _copy(address: int, array: np.ndarray) -> None:
+    ctypes.memmove(address, array.ctypes.data, array.nbytes)

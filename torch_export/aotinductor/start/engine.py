@@ -1,22 +1,23 @@
 """What a program of one's own is given: text or token ids in, text or token ids out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aotinductor.lengths import Plan
-from aotinductor.start.base_engine import BaseEngine
 from aotinductor.start.kv_engine import KvEngine
-from aotinductor.start.sampling import Sampler
 from common.errors import UsageError
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, TextStream
+
+if TYPE_CHECKING:
+    from aotinductor.start.base_engine import BaseEngine
 
 
 class Engine:
     """A loaded package over a checkpoint's weights. One sequence at a time, in one thread."""
 
     def __init__(
-        self, generator: KvEngine | BaseEngine, target: Target, plan: Plan, codec: TextCodec,
+        self, generator: "KvEngine | BaseEngine", target: Target, plan: Plan, codec: TextCodec,
         artifact: Mapping[str, Any],
     ):  # fmt: skip
         self.generator, self.target, self.plan, self.codec = generator, target, plan, codec
@@ -54,7 +55,7 @@ class Engine:
         """Yield what `generate` returns, each id as it arrives."""
         self.plan.check_request(len(prompt), max_new_tokens)
         stops = self.target.checkpoint.eos_token_ids if stop_ids is None else stop_ids
-        if isinstance(self.generator, BaseEngine):
+        if not isinstance(self.generator, KvEngine):
             if temperature:
                 raise UsageError(
                     "--temperature samples from a package with a KV cache, the base graph is "
@@ -62,6 +63,10 @@ class Engine:
                 )
             yield from self.generator.tokens(prompt, max_new_tokens, stops)
             return
-        sampler = Sampler(temperature, **limits) if temperature else None
+        sampler = None
+        if temperature:
+            from aotinductor.start.sampling import Sampler  # brings numpy
+
+            sampler = Sampler(temperature, **limits)
         padded = self.plan.padded(len(prompt))
         yield from self.generator.tokens(prompt, padded, max_new_tokens, stops, sampler)

@@ -7,15 +7,17 @@ only.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from aotinductor.cache import CacheShape, state_shapes
-from aotinductor.start.memory import GpuMemory, HostMemory
-from aotinductor.start.sampling import Sampler
+from aotinductor.start.memory import Memory, read_floats, read_integer, write_integers
 from common import cuda
-from common.model.weights import Tensor, convert
+from common.model.weights import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aotinductor.start.sampling import Sampler
 
 # On CUDA, how far the host may run ahead of the tokens it has seen: enough to hide a launch, few to
 # throw away.
@@ -37,7 +39,7 @@ class State:
 
     @classmethod
     def make(
-        cls, memory: HostMemory | GpuMemory, cache: CacheShape, layers: int,
+        cls, memory: Memory, cache: CacheShape, layers: int,
         dtypes: dict[str, str], hidden_size: int, vocab_size: int,
     ) -> "State":  # fmt: skip
         """Return the state of no sequence yet: zeros, in the dtypes given by name.
@@ -54,36 +56,13 @@ class State:
         return cls(**single, keys=keys, values=values)
 
 
-def rope_table(inv_freq: Sequence[float], attention_scaling: float, slots: int) -> np.ndarray:
-    """Return (2, slots, head_dim) float32: cosines and signed sines, as Hugging Face computes them.
-
-    Once at the start, where a generated kernel would do it in every layer and step.
-    """
-    positions = np.arange(slots, dtype=np.float32)
-    angles = positions[:, None] * np.array(inv_freq, np.float32)
-    scaling = np.float32(attention_scaling)
-    cos, sin = np.cos(angles) * scaling, np.sin(angles) * scaling
-    return np.stack((np.concatenate((cos, cos), -1), np.concatenate((-sin, sin), -1)))
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The table of the input tokens, on the host and as it is stored: (vocab, hidden)."""
-
-    table: np.ndarray
-    stored_dtype: str
-    dtype: str  # of the model's weights, to which what is stored otherwise is converted
-
-    def rows(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
-        """Return the tokens' rows, (tokens, hidden), held as `dtype`."""
-        rows = convert(self.table[np.asarray(token_ids)], self.stored_dtype, self.dtype)
-        return convert(rows, self.dtype, dtype)
-
-
 class Steps(Protocol):
     """Whole steps over a `State`: a package's programs, or graphs compiled at runtime."""
 
     takes_prompts: bool  # else a prompt goes through decode, token by token
+
+    def embed(self, token_ids: Sequence[int], name: str) -> None:
+        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
 
     def prefill(self, padded: int) -> None:
         """Run the prompt's rows, padded to so many; `position` holds the true number."""
@@ -95,13 +74,9 @@ class Steps(Protocol):
 class KvEngine:
     """Owns the cache and the step state of one sequence at a time, on one device."""
 
-    def __init__(
-        self, steps: Steps, state: State, cache: CacheShape, memory: HostMemory | GpuMemory,
-        embedding: Embedding,
-    ):  # fmt: skip
+    def __init__(self, steps: Steps, state: State, cache: CacheShape, memory: Memory):
         self.steps, self.state, self.cache, self.memory = steps, state, cache, memory
         self.on_cuda = memory.device == "cuda"
-        self.embedding = embedding
         self._graph: cuda.Graph | None = None
         self.length = 0  # tokens in the cache: the host's copy of `position`
 
@@ -146,13 +121,12 @@ class KvEngine:
             self.memory.clear(self.state.position)
             self.length = 0
             for token_id in prompt:
-                self._write_row(token_id)
+                self.steps.embed([token_id], "row")
                 self.decode()
             return
-        hidden = self.state.hidden
-        self.memory.write(hidden, self.embedding.rows(prompt, hidden.dtype))
+        self.steps.embed(prompt, "hidden")
         self.length = len(prompt)
-        self.memory.write(self.state.position, np.array([self.length]))
+        write_integers(self.memory, self.state.position, [self.length])
         self.steps.prefill(padded)
 
     def decode(self) -> None:
@@ -173,23 +147,18 @@ class KvEngine:
 
     def force(self, token_id: int) -> None:
         """Put a token in the place of the one that the last step chose."""
-        self.memory.write(self.state.token, np.array([[token_id]]))
-        self._write_row(token_id)
+        write_integers(self.memory, self.state.token, [token_id])
+        self.steps.embed([token_id], "row")
 
-    def read_logits(self) -> np.ndarray:
+    def read_logits(self) -> "np.ndarray":
         """Return (vocab,) float32: those of the last step."""
-        logits = self.state.logits
-        return convert(self.memory.read(logits), logits.dtype, "float32")[0]
-
-    def _write_row(self, token_id: int) -> None:
-        row = self.state.row
-        self.memory.write(row, self.embedding.rows([token_id], row.dtype))
+        return read_floats(self.memory, self.state.logits, 0, 1)[0]
 
     # --- a whole request -----------------------------------------------------------------
 
     def tokens(
         self, prompt: Sequence[int], padded: int, max_new_tokens: int,
-        stop_ids: Sequence[int] = (), sampler: Sampler | None = None,
+        stop_ids: Sequence[int] = (), sampler: "Sampler | None" = None,
     ) -> Iterator[int]:  # fmt: skip
         """Yield the new token ids, a stop id included, each as it arrives.
 
@@ -206,7 +175,7 @@ class KvEngine:
         for step in range(max_new_tokens):
             self.prefill(prompt, padded) if step == 0 else self.decode()
             if sampler is None:
-                token_id = int(self.memory.read(self.state.token)[0, 0])
+                token_id = read_integer(self.memory, self.state.token)
             else:
                 token_id = sampler.draw(self.read_logits(), generator)
                 self.force(token_id)
@@ -222,7 +191,7 @@ class KvEngine:
         before it is seen holds the rest back, so the output is the same for any LAG.
         """
         arrived = cuda.HostMemory(8 * max_new_tokens)
-        token_ids = np.frombuffer(arrived.view, np.int64)
+        token_ids = arrived.view.cast("q")
         stream, events = self.memory.stream, []
         seen = 0
         while seen < max_new_tokens:

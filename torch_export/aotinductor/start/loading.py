@@ -8,17 +8,16 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aotinductor.cache import CacheShape
 from aotinductor.flags import APPROACH
 from aotinductor.lengths import Plan
 from aotinductor.recipe import find_differences
-from aotinductor.start import c_interface, constants
-from aotinductor.start.base_engine import BaseEngine, BaseProgram
-from aotinductor.start.kv_engine import Embedding, KvEngine, State, rope_table
-from aotinductor.start.memory import GpuMemory, HostMemory, make_memory
-from aotinductor.start.package import RUNTIME, STEPS, WEIGHTS, Package
+from aotinductor.start import c_interface
+from aotinductor.start.kv_engine import KvEngine, State
+from aotinductor.start.memory import Memory, make_memory
+from aotinductor.start.package import OPENMP, RUNTIME, STEPS, WEIGHTS, Package
 from aotinductor.start.steps import PackageSteps, names_of_weights
 from common import machine
 from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
@@ -33,6 +32,9 @@ from common.model import weights
 from common.model.stored import Stored, read_header
 from common.model.target import Target
 from common.model.weights import Upload
+
+if TYPE_CHECKING:
+    from aotinductor.start.base_engine import BaseEngine
 
 RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
@@ -51,7 +53,7 @@ class Wish:
 
 def load_engine(
     wish: Wish, target: Target, plan: Plan, close_stage: Callable[[str], None], console: Console
-) -> tuple[KvEngine | BaseEngine, dict[str, Any]]:
+) -> "tuple[KvEngine | BaseEngine, dict[str, Any]]":
     """Check the package against this start, then load it; any doubt is an error of its own kind.
 
     Returns what generates, and what a result tells of the package. `close_stage` is called with
@@ -93,24 +95,13 @@ def load_engine(
     }
 
 
-def make_state(
-    details: dict[str, Any], cache: CacheShape, target: Target
-) -> tuple[State, HostMemory | GpuMemory]:
+def make_state(details: dict[str, Any], cache: CacheShape, target: Target) -> tuple[State, Memory]:
     """Return the state of a KV cache for the model's depth, and the memory that it lies in."""
     hidden, vocab = details["hidden_size"], details["vocab_size"]
     largest = 4 * max(vocab, cache.slots * max(hidden, 2 * cache.head_dim))
     memory = make_memory(target.device, largest)
     layers = target.checkpoint.layers
-    state = State.make(memory, cache, layers, details["dtypes"], hidden, vocab)
-    rope = rope_table(**details["rope"], slots=cache.slots)
-    memory.write(state.rope, weights.convert(rope, "float32", state.rope.dtype))
-    return state, memory
-
-
-def read_embedding(target: Target) -> Embedding:
-    """Return the input tokens' table of the target's checkpoint."""
-    table = target.checkpoint.stored[EMBEDDING]
-    return Embedding(weights.map_tensor(table), table.dtype, target.dtype)
+    return State.make(memory, cache, layers, details["dtypes"], hidden, vocab), memory
 
 
 def usual_library(details: dict[str, Any]) -> str:
@@ -148,7 +139,7 @@ class Source:
 def assemble(
     wish: Wish, target: Target, plan: Plan, library: str, source: Source,
     close_stage: Callable[[str], None],
-) -> KvEngine | BaseEngine:  # fmt: skip
+) -> "KvEngine | BaseEngine":  # fmt: skip
     """Open the package, and return what generates with it over its weights."""
     details = source.details
     package = Package(source.file, details["programs" if source.is_kv else "graphs"])
@@ -181,9 +172,12 @@ class _Assembly:
         state, memory = make_state(details, cache, self.target)
         opened, kernels = self._open(list(programs))
         steps = PackageSteps(opened, programs, upload.tensors, state, memory, self._libraries)
-        table = stored[EMBEDDING]
-        embedding = Embedding(weights.map_tensor(table), table.dtype, dtype)
-        engine = KvEngine(steps, state, cache, memory, embedding)
+        steps.rotate_with(**details["rope"])
+        # rows of it are looked up on the host, also where the table itself is on a GPU
+        on_host = upload.tensors if device == "cpu" else None
+        table = on_host[EMBEDDING] if on_host else weights.map_tensor(stored[EMBEDDING])
+        steps.embed_with(table, dtype)
+        engine = KvEngine(steps, state, cache, memory)
         self.close_stage("artifact")
         if device == "cuda":
             # what a request will run, so that kernels are there; no trace of it is left
@@ -196,7 +190,11 @@ class _Assembly:
             self.close_stage("capture")
         return self._finish(engine, upload, kernels)
 
-    def base_engine(self, details: dict[str, Any]) -> BaseEngine:
+    def base_engine(self, details: dict[str, Any]) -> "BaseEngine":
+        # imported here: they bring numpy, which a start of a KV cache goes without
+        from aotinductor.start import constants
+        from aotinductor.start.base_engine import BaseEngine, BaseProgram
+
         device, dtype = self.target.device, self.target.dtype
         longest, vocab = self.plan.bounds.max_seq_len, details["vocab_size"]
         memory = make_memory(device, max(8 * longest, 4 * vocab))
@@ -242,6 +240,7 @@ class _Assembly:
         else:
             if device == "cuda":
                 machine.cuda.runtime()  # whose functions the library calls
+            self._open_openmp()
             interface = c_interface.open_runtime(self.package.library(RUNTIME))
         steps = c_interface.open_library(self.package.library(STEPS))
         steps.llama_step.restype = ctypes.c_int32
@@ -253,6 +252,13 @@ class _Assembly:
             path = self.package.program(name, self.library)
             opened[name] = c_interface.Program(path, interface, device, cubins)
         return opened, kernels
+
+    def _open_openmp(self) -> None:
+        """Open libgomp by its name; the package's own where the system has none."""
+        try:
+            ctypes.CDLL(Path(OPENMP).name)
+        except OSError:
+            c_interface.open_library(self.package.library(OPENMP))
 
     def _finish(self, engine, upload: Upload, kernels):
         upload.wait()

@@ -1,40 +1,38 @@
-"""Where the state of a generation lies: arrays of the host, or memory of a GPU with a stream."""
+"""Where the state of a generation lies: memory of the host, or of a GPU with a stream."""
 
 import ctypes
-
-import numpy as np
+import mmap
+from collections.abc import Callable
 
 from common import cuda
-from common.model.weights import Tensor, host_tensor, item_bytes, numpy_dtype
+from common.model.stored import item_bytes
+from common.model.weights import Tensor
 
 
 class HostMemory:
-    """A CPU's: a tensor is a numpy array."""
+    """A CPU's. What is written or read is there at once."""
 
     device = "cpu"
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return host_tensor(np.zeros(shape, numpy_dtype(dtype)), dtype)
+        nbytes = max(Tensor(0, shape, dtype).nbytes, 1)
+        pages = mmap.mmap(-1, nbytes)  # zeros, and memory only where they are touched
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        return Tensor(address, shape, dtype, pages)
 
-    def write(self, tensor: Tensor, values: np.ndarray) -> None:
-        """Copy the values to the tensor's beginning."""
-        tensor.owner.reshape(-1)[: values.size] = values.reshape(-1)
+    def fill(self, tensor: Tensor, nbytes: int, write: Callable[[int], None]) -> None:
+        """Have `write` put so many bytes at the address that it is given: the tensor's own."""
+        write(tensor.address)
 
-    def read(self, tensor: Tensor) -> np.ndarray:
-        return tensor.owner
-
-    def read_rows(self, tensor: Tensor, rows: range) -> np.ndarray:
-        """Return a copy of some rows of a matrix that somebody else owns."""
-        at = _rows_of(tensor, rows)
-        raw = ctypes.string_at(at.address, at.nbytes)
-        return np.frombuffer(raw, numpy_dtype(tensor.dtype)).reshape(at.shape)
+    def read(self, address: int, nbytes: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
 
     def clear(self, tensor: Tensor) -> None:
-        tensor.owner.fill(0)
+        ctypes.memset(tensor.address, 0, tensor.nbytes)
 
 
 class GpuMemory:
-    """A GPU's: all copies go through one page-locked buffer and one stream."""
+    """A GPU's. All copies go through one page-locked buffer and one stream, in order."""
 
     device = "cuda"
 
@@ -44,39 +42,62 @@ class GpuMemory:
         self._staged = cuda.HostMemory(largest_bytes)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        tensor = Tensor(0, shape, dtype)
-        owner = cuda.DeviceMemory(tensor.nbytes)
+        owner = cuda.DeviceMemory(Tensor(0, shape, dtype).nbytes)
         cuda.runtime().cudaDeviceSynchronize()  # its zeros are written on another stream
         return Tensor(owner.address, shape, dtype, owner)
 
-    def write(self, tensor: Tensor, values: np.ndarray) -> None:
-        """Copy the values to the tensor's beginning; what was queued before is waited for."""
+    def fill(self, tensor: Tensor, nbytes: int, write: Callable[[int], None]) -> None:
+        """Have `write` put so many bytes at the address that it is given; they go to the tensor."""
         self.stream.wait()  # the buffer may still be on its way
-        self._staged.view[: values.nbytes] = memoryview(np.ascontiguousarray(values)).cast("B")
-        self.stream.upload(tensor.address, self._staged.address, values.nbytes)
+        write(self._staged.address)
+        self.stream.upload(tensor.address, self._staged.address, nbytes)
 
-    def read(self, tensor: Tensor) -> np.ndarray:
-        """Return the values once all that is queued before has been done."""
+    def read(self, address: int, nbytes: int) -> bytes:
+        """Return bytes of the GPU once all that is queued before has been done."""
         self.stream.wait()
-        self.stream.download(self._staged.address, tensor.address, tensor.nbytes)
+        self.stream.download(self._staged.address, address, nbytes)
         self.stream.wait()
-        values = np.frombuffer(self._staged.view[: tensor.nbytes], numpy_dtype(tensor.dtype))
-        return values.reshape(tensor.shape).copy()
-
-    def read_rows(self, tensor: Tensor, rows: range) -> np.ndarray:
-        """Return some rows of a matrix, which may be somebody else's."""
-        each = [self.read(_rows_of(tensor, range(row, row + 1))) for row in rows]
-        return np.concatenate(each)
+        return ctypes.string_at(self._staged.address, nbytes)
 
     def clear(self, tensor: Tensor) -> None:
         tensor.owner.fill_with_zeros(self.stream)
 
 
-def _rows_of(tensor: Tensor, rows: range) -> Tensor:
-    width = tensor.shape[1]
-    begin = tensor.address + rows.start * width * item_bytes(tensor.dtype)
-    return Tensor(begin, (len(rows), width), tensor.dtype, tensor.owner)
+Memory = HostMemory | GpuMemory
 
 
-def make_memory(device: str, largest_bytes: int) -> HostMemory | GpuMemory:
+def make_memory(device: str, largest_bytes: int) -> Memory:
     return GpuMemory(largest_bytes) if device == "cuda" else HostMemory()
+
+
+def write_integers(memory: Memory, tensor: Tensor, values: list[int]) -> None:
+    """Write int64 values to the beginning of a tensor."""
+    array = (ctypes.c_int64 * len(values))(*values)
+    nbytes = ctypes.sizeof(array)
+    memory.fill(tensor, nbytes, lambda address: _copy(address, array, nbytes))
+
+
+def read_integer(memory: Memory, tensor: Tensor) -> int:
+    """Return the first int64 of a tensor."""
+    return int.from_bytes(memory.read(tensor.address, 8), "little", signed=True)
+
+
+def read_floats(memory: Memory, tensor: Tensor, first: int, rows: int):
+    """Return some rows of a matrix, which may be somebody else's: numpy, (rows, width) float32."""
+    # imported here: a greedy start, which reads no logits, goes without it
+    import numpy as np
+
+    from common.model.weights import convert, numpy_dtype
+
+    width = tensor.shape[-1]
+    row_bytes = width * item_bytes(tensor.dtype)
+    raw = b"".join(
+        memory.read(tensor.address + row * row_bytes, row_bytes)
+        for row in range(first, first + rows)
+    )
+    values = np.frombuffer(raw, numpy_dtype(tensor.dtype)).reshape(rows, width)
+    return convert(values, tensor.dtype, "float32")
+
+
+def _copy(address: int, source, nbytes: int) -> None:
+    ctypes.memmove(address, source, nbytes)

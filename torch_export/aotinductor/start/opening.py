@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from aotinductor.lengths import Plan
-from aotinductor.models import refuse_unsupported
 from aotinductor.start.engine import Engine
 from aotinductor.start.loading import Wish, load_engine
 from common.artifact.disk import ArtifactPair, TrustFlags
@@ -42,5 +41,4 @@ def make_opening(
         shared = replace(shared, model_id=plan.manifest.model["id"])
     known = plan.manifest.details.get("checkpoint") if plan.manifest else None
     target = choose_target(plan.fill_in(shared), console, known)
-    refuse_unsupported(target.checkpoint, plan.slots is not None)
     return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from common.errors import EnvironmentProblemError
 
 STEPS, RUNTIME = "native/libllama_steps.so", "native/libllama_runtime.so"
+OPENMP = "native/libgomp.so.1"
 WEIGHTS = "weights/model.safetensors"
 _unpacked: dict[tuple[bytes, str], str] = {}  # digest, and what it calls -> a path that opens it
 _FOLDERS = ("programs", "data/aotinductor")  # where programs lie: ours, and those of torch's loader

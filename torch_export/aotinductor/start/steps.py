@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from aotinductor.start.c_interface import Interface, Operand, Program, Shape, Step
 from aotinductor.start.kv_engine import State
-from aotinductor.start.memory import GpuMemory, HostMemory
-from common.model.weights import Tensor
+from aotinductor.start.memory import GpuMemory, Memory
+from common.model.stored import item_bytes
+from common.model.weights import Tensor, converted
 
 _PREFILL, _DECODE = ("prefill_layer", "prefill_head"), ("decode_layer", "decode_head")
 
@@ -30,11 +31,13 @@ class PackageSteps:
 
     def __init__(
         self, programs: Mapping[str, Program], inputs: Mapping[str, Sequence[str]],
-        weights: Mapping[str, Tensor], state: State, memory: HostMemory | GpuMemory,
+        weights: Mapping[str, Tensor], state: State, memory: Memory,
         libraries: tuple[ctypes.CDLL, Interface],
     ):  # fmt: skip
         """`inputs` as for `names_of_weights`; `libraries`: libllama_steps.so, and what it calls."""
         self._stream = memory.stream.handle if isinstance(memory, GpuMemory) else None
+        self._state, self._memory = state, memory
+        self._library, self._interface = libraries
         self._hidden, self._tables = Shape(state.hidden.shape), Shape(state.keys[0].shape)
         self._width, self._rows = state.keys[0].shape[1], state.keys[0].shape[0]
         shapes = {id(state.hidden): self._hidden}
@@ -42,7 +45,6 @@ class PackageSteps:
 
         def calls(layer_program: str, head_program: str, tables: Shape) -> Step:
             order = [(layer_program, layer) for layer in range(len(state.keys))]
-            steps, interface = libraries
             made = []
             for program, layer in [*order, (head_program, 0)]:
                 own = []
@@ -55,12 +57,45 @@ class PackageSteps:
                         tensor = getattr(state, name)
                         own.append(Operand(tensor, shapes.get(id(tensor)) or Shape(tensor.shape)))
                 made.append((programs[program], own))
-            return Step(steps, interface, memory.device, made)
+            return Step(*libraries, memory.device, made)
 
         self.takes_prompts = _PREFILL[0] in programs
         self._decode = calls(*_DECODE, self._tables)
         if self.takes_prompts:
             self._prefill = calls(*_PREFILL, Shape(state.keys[0].shape))
+
+    def rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
+        """Write the rotations of every slot: once, and not in every layer and step."""
+        half, (_, slots, _) = len(inv_freq), self._state.rope.shape
+        frequencies = (ctypes.c_float * half)(*inv_freq)
+        scaling = ctypes.c_float(attention_scaling)
+        sizes = (ctypes.c_int64(half), scaling, ctypes.c_int64(slots))
+
+        def write(address: int) -> None:
+            self._library.llama_rotations(frequencies, *sizes, ctypes.c_void_p(address))
+
+        self._memory.fill(self._state.rope, self._state.rope.nbytes, write)
+
+    def embed_with(self, table: Tensor, dtype: str) -> None:
+        """Take embeddings from this table of the host; `dtype` is the model's, which they have."""
+        if table.dtype == "float64":
+            table = converted(table, dtype)
+        self._table, self._dtype = table, dtype
+
+    def embed(self, token_ids: Sequence[int], name: str) -> None:
+        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
+        place, count, table = getattr(self._state, name), len(token_ids), self._table
+        dtypes = [self._interface.dtype_code(d) for d in (table.dtype, self._dtype, place.dtype)]
+        ids = (ctypes.c_int64 * count)(*token_ids)
+        width = table.shape[1]
+
+        def write(address: int) -> None:
+            self._library.llama_rows(
+                ctypes.c_void_p(table.address), *dtypes, ids, ctypes.c_int64(count),
+                ctypes.c_int64(width), ctypes.c_void_p(address),
+            )  # fmt: skip
+
+        self._memory.fill(place, count * width * item_bytes(place.dtype), write)
 
     def prefill(self, padded: int) -> None:
         self._hidden.set((1, padded, self._hidden.sizes[2]))

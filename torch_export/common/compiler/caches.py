@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common.errors import EnvironmentProblemError
+
 
 @contextmanager
 def private_compiler_caches() -> Iterator[None]:
@@ -16,17 +18,38 @@ def private_compiler_caches() -> Iterator[None]:
     in the environment is kept.
     """
     # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
-    with tempfile.TemporaryDirectory(prefix="llama-compile-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="llama-compile-", ignore_cleanup_errors=True, dir=place_for_compilers()
+    ) as folder:
         places = cache_places(folder)
-        added = {name: places[name] for name in places.keys() - os.environ.keys()}
-        os.environ.update(added)
+        before = {name: os.environ.get(name) for name in places}
+        unfit = {name for name, place in before.items() if place is None or _cut_in_two(place)}
+        os.environ.update({name: places[name] for name in unfit})
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
-            for name in added:
+            for name in unfit:
                 os.environ.pop(name, None)
+                if (place := before[name]) is not None:
+                    os.environ[name] = place
             tempfile.tempdir = None
+
+
+def place_for_compilers() -> str:
+    """Return the folder for temporary files, or another one if that has a space in its name."""
+    usual = tempfile.gettempdir()
+    for place in (usual, "/tmp", "/var/tmp"):
+        if not _cut_in_two(place) and os.access(place, os.W_OK):
+            return place
+    raise EnvironmentProblemError(
+        f"TMPDIR {usual!r} has a space in it, where compilers' command lines would be cut: set it "
+        "to a folder without"
+    )
+
+
+def _cut_in_two(place: str) -> bool:
+    return any(character.isspace() for character in place)
 
 
 def cache_places(folder: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,9 +31,31 @@ def write_json(document: dict, path: Path | None) -> None:
 
 
 def as_json_text(document: dict) -> str:
-    """Return JSON to be handed on: no place of this machine, an array of numbers on one line."""
-    text = json.dumps(document, indent=2, allow_nan=False)
-    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda array: " ".join(array[0].split()), text)
+    """Return JSON to be handed on: no place of this machine, an array of numbers on one line.
+
+    Texts of prompts and completions stay as they are, whatever they hold.
+    """
+    return _as_json(_without_places(document), "") + "\n"
+
+
+_TEXTS = ("prompt", "text", "completions")
+
+
+def _without_places(value: Any, key: str = "") -> Any:
+    """Return the value with the folders that its paths begin with made general."""
+    if isinstance(value, dict):
+        return {name: _without_places(one, name) for name, one in value.items()}
+    if key in _TEXTS:
+        return value
+    if isinstance(value, list | tuple):
+        # in a command the word after --prompt is one, and the word itself holds one after the =
+        words = ["", *value]
+        return [
+            one if _is_prompt(one, before) else _without_places(one)
+            for before, one in zip(words, value, strict=False)
+        ]
+    if not isinstance(value, str):
+        return value
     places = {
         f"{Path(__file__).resolve().parents[2]}/": "./",
         sys.executable: "python",
@@ -42,8 +63,26 @@ def as_json_text(document: dict) -> str:
         os.path.expanduser("~") + "/": "~/",
     }
     for place in sorted(places, key=len, reverse=True):  # a folder may lie in another one
-        text = text.replace(place, places[place])
-    return text + "\n"
+        value = value.replace(place, places[place])
+    return value
+
+
+def _is_prompt(word: Any, before: Any) -> bool:
+    return before == "--prompt" or (isinstance(word, str) and word.startswith("--prompt="))
+
+
+def _as_json(value: Any, indent: str) -> str:
+    """Return what json.dumps does with an indent of two, but numbers of an array side by side."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(str(k))}: {_as_json(one, inner)}" for k, one in value.items()]
+        return f"{{\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and value:
+        rows = [_as_json(one, inner) for one in value]
+        if all(isinstance(one, int | float) for one in value):
+            return f"[{', '.join(rows)}]"
+        return f"[\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
 
 
 # ---- tables ------------------------------------------------------------------------------

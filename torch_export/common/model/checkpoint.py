@@ -16,14 +16,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-from common.model.presets import CONFIGS, materialize, preset_folder
-from common.model.resolve import RESOLVER, ask_transformers
+from common.machine import package_version
 from common.model.stored import Stored, list_stored
 
 _HUB_FILES = [
@@ -34,6 +32,8 @@ _ASKED_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "chat_template*", "added_tokens.json", "vocab.*", "merges.txt",
 )  # fmt: skip
+# raised when an answer of `ask_transformers` has other fields or another meaning
+RESOLVER = 2
 _CHUNK_BYTES = 1 << 24
 
 
@@ -91,7 +91,17 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
-        """All that the folder's files hold, by name; {} of a folder without weights."""
+        """What the model reads of the folder's files, by name; {} of a folder without weights."""
+        ignored = [re.compile(pattern) for pattern in self.resolved["ignored"]]
+        return {
+            name: tensor
+            for name, tensor in self._held.items()
+            if name not in self.aliases and not any(one.search(name) for one in ignored)
+        }
+
+    @cached_property
+    def _held(self) -> dict[str, Stored]:
+        """All that the files hold."""
         return list_stored(self.folder)
 
     @cached_property
@@ -123,13 +133,8 @@ class Checkpoint:
     def check_tensors(self) -> None:
         """Raise UsageError, naming them, if tensors are missing, left over, or of another shape."""
         stored, expected = self.stored, self.parameters
-        known = expected.keys() | self.aliases.keys()
-        ignored = [re.compile(pattern) for pattern in self.resolved["ignored"]]
-        left_over = [
-            name
-            for name in stored
-            if name not in known and not any(one.search(name) for one in ignored)
-        ]
+        known = expected.keys() | set(self.resolved["optional"])
+        left_over = [name for name in stored if name not in known]
         missing = [name for name in expected if name not in stored]
         misshapen = [
             f"{name} with shape {list(stored[name].shape)} in place of {list(shape)}"
@@ -152,9 +157,9 @@ class Checkpoint:
 
     def _differ(self, name: str, other: str) -> bool:
         """Say whether both are stored and hold other bytes."""
-        if not (name in self.stored and other in self.stored):
+        if not (name in self._held and other in self._held):
             return False
-        one, two = self.stored[name], self.stored[other]
+        one, two = self._held[name], self._held[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return True
         return any(a != b for a, b in zip(_chunks(one), _chunks(two), strict=True))
@@ -184,7 +189,10 @@ def resolve_checkpoint(
             if _asked(path):
                 _read_json(path)
         console.say(f"asking transformers what {model_id} is: once, the answer is kept")
-        known = ask_transformers(folder) | {"files": digest}
+        # imported here: a checkpoint that was asked for before starts without it
+        from common.model.resolve import ask_transformers
+
+        known = ask_transformers(folder) | {"resolver": RESOLVER, "files": digest}
         _remember(known)
     checkpoint = Checkpoint(folder, model_id, revision, known)
     if checkpoint.stored:
@@ -195,6 +203,8 @@ def resolve_checkpoint(
 def _find_folder(model_id: str, console: Console) -> tuple[Path, str]:
     """Return the checkpoint's folder and its revision."""
     if model_id.startswith("random:"):
+        from common.model.presets import CONFIGS, materialize, preset_folder
+
         if model_id not in CONFIGS:
             raise UsageError(f"no preset is called {model_id!r}: choose from {', '.join(CONFIGS)}")
         folder = materialize(CONFIGS[model_id], preset_folder(model_id), console)
@@ -297,10 +307,7 @@ def _cache_folder() -> Path | None:
 
 def _installed_transformers() -> str:
     """Return its version, "*" where there is none: then an answer of any version will do."""
-    try:
-        return version("transformers")
-    except PackageNotFoundError:
-        return "*"
+    return package_version("transformers") or "*"
 
 
 def _recall(files: str) -> dict[str, Any] | None:

@@ -1,0 +1,37 @@
+"""A conversation on a terminal: a line is a turn, the chat template keeps the turns."""
+
+import sys
+from collections.abc import Callable
+
+from common.cli import PromptFlags
+from common.model.tokenizer import TextCodec, text_printer
+
+# (prompt's token ids, on_token) -> new token ids
+Generate = Callable[[list[int], Callable[[int], None]], list[int]]
+
+
+def wants_conversation(flags: PromptFlags) -> bool:
+    """Say whether `--chat` was given on a terminal, and nothing to ask."""
+    asked = flags.prompt != PromptFlags.prompt or flags.prompt_length or flags.prompts_file
+    return flags.chat and not asked and sys.stdin is not None and sys.stdin.isatty()
+
+
+def converse(codec: TextCodec, generate: Generate) -> None:
+    """Answer each line that is typed, streaming to stdout, until Ctrl-D.
+
+    What `generate` raises ends it: a conversation that has become too long is such an error.
+    """
+    messages = []
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line.strip():
+            messages.append({"role": "user", "content": line})
+            show = text_printer(codec)
+            answer = generate(codec.encode(messages), show)
+            show(None)
+            messages.append({"role": "assistant", "content": codec.decode(answer)})
