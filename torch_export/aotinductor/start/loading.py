@@ -63,6 +63,8 @@ def load_engine(
     with open_verified(pair, APPROACH, wish.trust, console) as verified:
         built = verified.manifest
         library = choose_library(wish.library, built)
+        if library == LIBTORCH:
+            c_interface.find_torch()
         raise_if_different(pair.path, find_differences(built, target, library))
         for difference in differences(built.environment, machine.gpu_environment(), ("driver",)):
             console.warn(f"{describe([difference])}: usually harmless")
