@@ -71,6 +71,20 @@ def package(copied_folder):
 
 
 @pytest.fixture(scope="session")
+def kv_package(shared_folder, shared_folders):
+    """A package of random:tiny with a KV cache, made once for all test processes."""
+    from filelock import FileLock
+    from pairing import build
+
+    package = shared_folder / "kv" / "kv.pt2"
+    with FileLock(shared_folder / "kv_package.lock"):
+        if not package.exists():
+            package.parent.mkdir(exist_ok=True)
+            build(package, "--kv-cache")
+    return package
+
+
+@pytest.fixture(scope="session")
 def subject(package):
     from faults import Subject
 

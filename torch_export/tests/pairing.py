@@ -3,29 +3,22 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from helpers import Finished, run_command, run_script, succeeded
 
-from aotinductor.flags import RunSettings
-from aotinductor.lengths import Plan, parse_bounds
-from aotinductor.loading import load_package
-from aotinductor.serving import generate_eagerly
-from common.artifact.manifest import parse_manifest
-from common.cli import Console, SamplingFlags, parse_flags
-from common.measure.measures import Request, Stages, process_start
-from common.model.checkpoint import resolve_checkpoint
+from aotinductor import load
+from aotinductor.build.runtime_compile import generate_eagerly
+from common.cli import Console, SamplingFlags
+from common.measure.measures import Request
+from common.measure.requests import TokenStreamer
+from common.model.eager import load_model
 from common.model.presets import CONFIGS
-from common.model.target import Target, load_model
-from common.model.tokenizer import load_codec
-from common.model.weights import list_checkpoint
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)
-CPU = torch.device("cpu")
 # nothing in common with the tiny preset but the family
 OTHER = CONFIGS["random:tiny"] | {
     "hidden_size": 128,
@@ -63,35 +56,30 @@ class Pairing:
     """What the package answers, and what eager `generate` answers."""
 
     def __init__(self, package: Path, model_id: str):
-        (settings,) = parse_flags("", (RunSettings,), [f"--package-path={package}"])
-        self.manifest = parse_manifest(settings.files.pair().metadata_path.read_bytes())
-        self.plan = Plan(parse_bounds(self.manifest.recipe), self.manifest.recipe)
-        target = Target(resolve_checkpoint(str(model_id), QUIET), CPU, torch.float32)
-        stages = Stages(process_start())
-        self._engine, _ = load_package(settings, target, self.plan, False, 8, stages, QUIET)
-        self.model = load_model(target)
-        self.codec = load_codec(target.checkpoint)
-        self.weight_bytes = sum(
-            one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
-        )
+        self.engine = load(package, model=str(model_id), device="cpu")
+        self.plan, self.codec = self.engine.plan, self.engine.codec
+        self.manifest = self.plan.manifest
+        self.model = load_model(self.engine.target)
+        stored = self.engine.target.checkpoint.stored
+        self.weight_bytes = sum(one.nbytes for one in stored.values())
 
     def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
         ids = self.codec.synthetic_prompt(length, seed=0)
         return Prompt(ids, new_tokens, stop_ids, bucket_pad)
 
-    def packaged(self, prompt, on_token=None):
-        rest = (prompt.new_tokens, prompt.stop_ids, on_token)
-        if self.plan.slots is None:
-            padded = partial(self.plan.bounds.padded, bucket_pad=prompt.bucket_pad)
-            return self._engine.generate(prompt.token_ids, padded, *rest)
-        padded = self.plan.bounds.padded(len(prompt.token_ids), prompt.bucket_pad)
-        return self._engine.generate(prompt.token_ids, padded, *rest)
+    def packaged(self, prompt: Prompt, on_token: Callable[[int], None] | None = None) -> list[int]:
+        token_ids = []
+        self.engine.plan = replace(self.plan, bucket_pad=prompt.bucket_pad)
+        for token_id in self.engine.tokens(prompt.token_ids, prompt.new_tokens, prompt.stop_ids):
+            token_ids.append(token_id)
+            if on_token is not None:
+                on_token(token_id)
+        return token_ids
 
-    def eager(self, prompt, on_token=None):
-        return generate_eagerly(
-            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids,
-            on_token or (lambda token: None), SamplingFlags(), 0,
-        )  # fmt: skip
+    def eager(self, prompt: Prompt, on_token: Callable[[int], None] | None = None) -> list[int]:
+        streamer = TokenStreamer(on_token or (lambda token_id: None))
+        limits = (prompt.new_tokens, prompt.stop_ids, SamplingFlags(), 0)
+        return generate_eagerly(self.model, prompt.token_ids, *limits, streamer)
 
 
 def timed(generate, prompt: Prompt) -> Request:
