@@ -3,15 +3,18 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from helpers import Finished, run_command, run_script, succeeded
 
-from aotinductor import load
 from aotinductor.build.runtime_compile import generate_eagerly
-from common.cli import Console, SamplingFlags
+from aotinductor.flags import RunSettings
+from aotinductor.serving import open_run
+from common.artifact.manifest import parse_manifest
+from common.cli import Console, SamplingFlags, parse_flags
 from common.measure.measures import Request
 from common.measure.requests import TokenStreamer
 from common.model.eager import load_model
@@ -55,34 +58,46 @@ class Prompt:
 class Pairing:
     """What the package answers, and what eager `generate` answers."""
 
-    def __init__(self, package: Path, model_id: str):
-        self.engine = load(package, model=str(model_id), device="cpu")
-        self.plan, self.codec = self.engine.plan, self.engine.codec
-        self.manifest = self.plan.manifest
-        self.model = load_model(self.engine.target)
-        stored = self.engine.target.checkpoint.stored
-        self.weight_bytes = sum(one.nbytes for one in stored.values())
+    def __init__(self, package: Path, model_id: str | Path, library: str = "auto"):
+        words = [f"--package-path={package}", f"--model-id={model_id}", f"--library={library}"]
+        (settings,) = parse_flags("", (RunSettings,), words)
+        opening = open_run(settings, QUIET)
+        self.manifest = parse_manifest(settings.files.pair().metadata_path.read_bytes())
+        self.engine = opening.load(QUIET)
+        self.target, self.plan, self.codec = opening.target, opening.plan, opening.codec
+        # the weights that the package has, in which all else is computed exactly
+        self.model = load_model(self.target).float()
+        self.weight_bytes = sum(one.nbytes for one in self.target.checkpoint.stored.values())
 
-    def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
+    def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False) -> Prompt:
         ids = self.codec.synthetic_prompt(length, seed=0)
         return Prompt(ids, new_tokens, stop_ids, bucket_pad)
 
-    def packaged(self, prompt: Prompt, on_token: Callable[[int], None] | None = None) -> list[int]:
-        token_ids = []
+    def packaged(self, prompt: Prompt, on_token=lambda token: None, **sampling) -> list[int]:
         self.engine.plan = replace(self.plan, bucket_pad=prompt.bucket_pad)
-        for token_id in self.engine.tokens(prompt.token_ids, prompt.new_tokens, prompt.stop_ids):
-            token_ids.append(token_id)
-            if on_token is not None:
-                on_token(token_id)
-        return token_ids
+        tokens = []
+        choices = {"stop_ids": prompt.stop_ids} | sampling
+        for token in self.engine.tokens(prompt.token_ids, prompt.new_tokens, **choices):
+            on_token(token)
+            tokens.append(token)
+        return tokens
 
-    def eager(self, prompt: Prompt, on_token: Callable[[int], None] | None = None) -> list[int]:
-        streamer = TokenStreamer(on_token or (lambda token_id: None))
-        limits = (prompt.new_tokens, prompt.stop_ids, SamplingFlags(), 0)
-        return generate_eagerly(self.model, prompt.token_ids, *limits, streamer)
+    def eager(self, prompt: Prompt, on_token=lambda token: None) -> list[int]:
+        """Return the model's greedy tokens, computed in float32."""
+        streamer = TokenStreamer(on_token)
+        sampling = (SamplingFlags(), 0)
+        return generate_eagerly(
+            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids, *sampling, streamer
+        )
+
+    def eager_logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """Return (tokens, vocab) float32: the logits that each of the tokens was chosen from."""
+        ids = torch.tensor([[*prompt, *tokens]])
+        with torch.no_grad():
+            return self.model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1]
 
 
-def timed(generate, prompt: Prompt) -> Request:
+def timed(generate: Callable, prompt: Prompt) -> Request:
     """Return what one request took."""
     began, arrivals = time.monotonic(), []
     generate(prompt, lambda token: arrivals.append(time.monotonic()))

@@ -22,15 +22,17 @@ def compile_native(folder: Path, device: str) -> dict[str, Path]:
     """Compile both libraries for "cpu" or "cuda" into `folder`; return the files there by name.
 
     Beside them a copy of the compiler's libgomp, which programs need and slim images lack (its
-    licence has an exception for what is compiled with it). libstdc++ doesn't travel: numpy needs it
-    too. CXX names another compiler than g++. Raises EnvironmentProblemError with the compiler's
-    first error.
+    licence has an exception for what is compiled with it). libstdc++ doesn't travel: the wheels of
+    tokenizers and numpy need it too. CXX names another compiler than g++. Raises
+    EnvironmentProblemError with the compiler's first error.
     """
     runtime, openmp = folder / RUNTIME, folder / OPENMP
     linked = [_cuda_runtime()] if device == "cuda" else []
     _compile([*RUNTIME_SOURCES[device], *linked], runtime)
+    question = [_compiler(), f"-print-file-name={OPENMP}"]
+    told = subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
     with writing(openmp):
-        shutil.copy(_tell(_compiler(), f"-print-file-name={OPENMP}"), openmp)
+        shutil.copy(told, openmp)
     return {STEPS: compile_steps(folder), RUNTIME: runtime, OPENMP: openmp}
 
 
@@ -52,23 +54,16 @@ def _compiler() -> str:
 
 
 def _compile(inputs: list[str], library: Path) -> None:
-    compiler = _compiler()
     # the level that packages are built for, whatever the building machine has beyond it
     level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
     # by this name the loader knows a library that was opened before the programs that need it
     name = f"-Wl,-soname,{library.name}"
-    command = [compiler, *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *inputs]
+    command = [_compiler(), *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *inputs]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=_FOLDER)
     if ended.returncode != 0:
         told = re.search(r".*error.*", ended.stderr)
         text = told[0].strip() if told else "no message"
-        raise EnvironmentProblemError(f"{compiler} cannot compile {library.name}: {text}")
-
-
-def _tell(compiler: str, question: str) -> str:
-    return subprocess.run(
-        [compiler, question], capture_output=True, text=True, check=True
-    ).stdout.strip()
+        raise EnvironmentProblemError(f"{command[0]} cannot compile {library.name}: {text}")
 
 
 def _cuda_runtime() -> str:

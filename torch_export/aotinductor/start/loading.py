@@ -17,7 +17,7 @@ from aotinductor.recipe import find_differences
 from aotinductor.start import c_interface
 from aotinductor.start.kv_engine import KvEngine, State
 from aotinductor.start.memory import Memory, make_memory
-from aotinductor.start.package import RUNTIME, STEPS, WEIGHTS, Package
+from aotinductor.start.package import OPENMP, RUNTIME, STEPS, WEIGHTS, Package
 from aotinductor.start.steps import PackageSteps, names_of_weights
 from common import machine
 from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
@@ -240,16 +240,25 @@ class _Assembly:
         else:
             if device == "cuda":
                 machine.cuda.runtime()  # whose functions the library calls
+            self._open_openmp()
             interface = c_interface.open_runtime(self.package.library(RUNTIME))
         steps = c_interface.open_library(self.package.library(STEPS))
-        steps.llama_step.restype = ctypes.c_int64
+        steps.llama_step.restype = ctypes.c_int32
         self._libraries = (steps, interface)
         kernels = self.package.unpack_kernels() if device == "cuda" else None
         opened = {}
         for name in programs:
             cubins = Path(kernels.name, name) if kernels else None
-            opened[name] = c_interface.Program(self.package.program(name), device, cubins)
+            path = self.package.program(name, self.library)
+            opened[name] = c_interface.Program(path, interface, device, cubins)
         return opened, kernels
+
+    def _open_openmp(self) -> None:
+        """Open libgomp by its name; the package's own where the system has none."""
+        try:
+            ctypes.CDLL(Path(OPENMP).name)
+        except OSError:
+            c_interface.open_library(self.package.library(OPENMP))
 
     def _finish(self, engine, upload: Upload, kernels):
         upload.wait()
