@@ -60,7 +60,7 @@ def compile_layer_package(
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
         entries = {f"native/{name}": file for name, file in native.items()}
-        calls, lacks = set(), set()
+        calls, lacks = set(), {}
         for name, program in programs.items():
             exported = export_program(program, causal_lm, cache, bounds)
             options = program_options(name, causal_lm, max_autotune)
@@ -71,11 +71,12 @@ def compile_layer_package(
             kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
             entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
             calls.update(called_symbols(library))
-            lacks.update(missing_symbols(library, native[RUNTIME]))
+            if missing := missing_symbols(library, native[RUNTIME]):
+                lacks[name] = sorted(missing)
         # each once: a tied head is the embedding's
         embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
         write_package(path, entries, embedded)
-    runtime = {"calls": sorted(calls), "lacks": sorted(lacks)}
+    runtime = {"calls": sorted(calls), "lacks": lacks}
     return describe_package(causal_lm, cache, programs) | {"runtime": runtime}
 
 
