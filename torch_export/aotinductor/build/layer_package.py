@@ -29,7 +29,7 @@ from aotinductor.build.layer_graphs import (
     make_programs,
     state_dtypes,
 )  # fmt: skip
-from aotinductor.build.symbols import called_symbols, missing_symbols
+from aotinductor.build.symbols import called_symbols, missing_symbols, stripped
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import RUNTIME, compile_native
@@ -67,7 +67,7 @@ def compile_layer_package(
             with torch_private.linked_with(native[RUNTIME]):
                 files = compile_program(exported, options)
             check_constants(name, exported, files)
-            library = library_of(files)
+            library = stripped(library_of(files), Path(folder, name))
             kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
             entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
             calls.update(called_symbols(library))
