@@ -32,7 +32,6 @@ _NO_TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
     **dict.fromkeys(_PARTS), "model": {"type": "BPE", "vocab": {}, "merges": []},
 }  # fmt: skip
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # transformers' clean_up_tokenization, in its order
 _CLEANED = {
     " .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m",
@@ -99,8 +98,8 @@ class TextCodec:
         """Ids of single bytes, if the tokenizer falls back to them: `<0xC3>`."""
         if "ByteFallback" not in repr(self.tokenizer.decoder):
             return frozenset()
-        vocabulary = self.tokenizer.get_vocab()
-        return frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        ids = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(one for one in ids if one is not None)
 
     @cached_property
     def silent_ids(self) -> frozenset[int]:
