@@ -102,10 +102,14 @@ class TextCodec:
         return frozenset(one for one in ids if one is not None)
 
     @cached_property
-    def silent_ids(self) -> frozenset[int]:
-        """Ids that decoding skips."""
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens."""
         added = self.tokenizer.get_added_tokens_decoder()
         return frozenset(one for one, token in added.items() if token.special)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Say whether decoding skips it: a special token, or one that only the model knows."""
+        return token_id in self.special_ids or self.tokenizer.id_to_token(token_id) is None
 
     def synthetic_prompt(self, length: int, seed: int) -> list[int]:
         """Return `length` seeded random token ids, none of them special."""
@@ -113,7 +117,7 @@ class TextCodec:
         ordinary = min(ordinary, self.vocab_size)
         generator, ids = random.Random(seed), []
         while len(ids) < length:
-            if (one := generator.randrange(ordinary)) not in self.silent_ids:
+            if (one := generator.randrange(ordinary)) not in self.special_ids:
                 ids.append(one)
         return ids
 
@@ -136,7 +140,7 @@ class TextStream:
         self._ids.append(token_id)
         if token_id in self._codec.byte_ids:
             self._in_bytes = True
-        elif token_id not in self._codec.silent_ids:
+        elif not self._codec.is_silent(token_id):
             self._in_bytes = False
         if self._in_bytes:
             return ""  # one more that is no UTF-8 spoils a whole run of bytes
