@@ -12,7 +12,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 ORIGINAL, TWIN = (REPOSITORY / name for name in ("mega_cache", "torch_export"))
 _TOOLS = ("tools.sh", "requirements.txt", "helpers.py", "faults.py")
-_TESTS = ("test_faults.py", "test_fleet.py", "test_readme.py", "test_what_a_user_sees.py")
+_TESTS = (
+    "test_faults.py",
+    "test_fleet.py",
+    "test_readme.py",
+    "test_refusals.py",
+    "test_what_a_user_sees.py",
+)
 TEST_TOOLS = tuple(f"tests/{name}" for name in (*_TOOLS, *_TESTS))
 
 

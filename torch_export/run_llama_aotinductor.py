@@ -12,7 +12,6 @@ from pathlib import Path
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
 from common import cuda, errors, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
-from common.compiler.caches import private_compiler_caches
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,13 +34,18 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     # imported here: --help and bad flags answer without what a run needs
     from aotinductor.serving import run
-    from common.measure.report import write_json
-    from common.measure.requests import print_run
 
-    compiles = settings.mode == "skip"
-    with private_compiler_caches() if compiles else nullcontext():
+    caches = nullcontext()
+    if settings.mode == "skip":
+        from common.compiler.caches import private_compiler_caches
+
+        caches = private_compiler_caches()
+    with caches:
         document = run(settings, console)
     if document:
+        from common.measure.report import write_json
+        from common.measure.requests import print_run
+
         write_json(document, settings.shared.json)
         print_run(document, console)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNEL_CALL = re.compile(r"^\s+call_(\w+)\(", re.MULTILINE)
+# programs of a KV cache, or the graphs that torch's own loader finds
+PROGRAM = re.compile(r"/(?:programs|data/aotinductor)/([^/]+)/")
 LIBRARY_CALL = re.compile(r"\b(aoti_torch_(?:cuda_\w+|cpu_\w+|copy_|clone))\(")
 CUSTOM_CALL = re.compile(r"aoti_torch_proxy_executor_call_function\(")
 SHAPE = re.compile(r"int64_t (int_array_\d+)\[\] = \{([^}]*)\}")
@@ -19,13 +21,14 @@ ATTENTION = re.compile(r"_scaled_dot_product_(\w+?)(?:_attention\w*)?$")
 
 @dataclass(frozen=True)
 class GraphCode:
-    """One graph of a package."""
+    """One graph of a package, or one program."""
 
     kernels: Counter[str]  # Triton kernel -> launches of one run
     library_calls: Counter[str]
     allocations: dict[str, tuple[str, ...]]  # buffer -> its sizes as the code has them
     cubin_targets: Counter[str]
     host_library: bytes
+    source: str  # host code
 
     @property
     def launches(self) -> int:
@@ -68,7 +71,7 @@ def read_package(path: Path) -> dict[str, GraphCode]:
     with zipfile.ZipFile(path) as archive:
         members: dict[str, list[str]] = {}
         for name in archive.namelist():
-            if found := re.search(r"/data/aotinductor/([^/]+)/", name):
+            if found := PROGRAM.search(name):
                 members.setdefault(found[1], []).append(name)
         return {graph: read_graph(archive, names) for graph, names in members.items()}
 
@@ -77,6 +80,8 @@ def read_graph(archive: zipfile.ZipFile, members: list[str]) -> GraphCode:
     source = "".join(
         archive.read(name).decode() for name in members if name.endswith(".wrapper.cpp")
     )
+    if not source:  # site/sitecustomize.py puts it beside a program's library
+        raise ValueError(f"no generated source beside {', '.join(members)}")
     # from here on the code is one run; shapes are named anew in each function before it
     run = source[source.index("::run_impl(") :]
     shapes = {name: tuple(sizes(text)) for name, text in SHAPE.findall(run)}
@@ -88,6 +93,7 @@ def read_graph(archive: zipfile.ZipFile, members: list[str]) -> GraphCode:
         allocations={buffer: shapes[shape] for shape, buffer in ALLOCATION.findall(run)},
         cubin_targets=Counter(target.decode() for found in targets for target in found),
         host_library=b"".join(archive.read(name) for name in members if name.endswith(".so")),
+        source=source,
     )
 
 

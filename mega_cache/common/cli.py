@@ -321,3 +321,24 @@ class EquivalenceFlags:
         (16, 128, 512), "prompt lengths in tokens to compare logits at", parse=positive_ints
     )
     logit_steps: int = flag(8, "next-token logits per prompt", parse=positive_int)
+
+
+_STORES = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
+
+
+@dataclass(frozen=True)
+class PublishFlags:
+    """store"""
+
+    publish: str | None = flag(None, f"URL of a store to put the artifact into: {_STORES}")
+
+
+@dataclass(frozen=True)
+class FetchFlags:
+    """store"""
+
+    fetch: str | None = flag(
+        None,
+        f"URL of a store to take the artifact from: {_STORES}; it is somebody else's code, so add "
+        "--expect-sha256 or --trust-artifact",
+    )

@@ -1,6 +1,7 @@
 """Errors with an exit status, and the one place where a failure becomes a line on stderr."""
 
 import errno
+import fcntl
 import io
 import os
 import select
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 INTERRUPTED = 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,7 +59,7 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     """Run `main(argv)` and exit: 0 when it returns, else its failure's status and one line."""
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with `>&-`
+        if not _can_be_written(getattr(sys, name)):  # started with `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
         # a character that the terminal's encoding lacks is escaped, and ends no answer
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
@@ -93,6 +95,14 @@ def _raise_interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _can_be_written(stream: TextIO | None) -> bool:
+    """Say whether a standard stream is one: a shell that lacks it opens a script in its place."""
+    try:
+        return stream is not None and fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_ACCMODE > 0
+    except io.UnsupportedOperation:  # not of the system: a test's
+        return True
+
+
 def _reader_has_gone() -> bool:
     """Say whether whoever read our stdout or our stderr reads no more."""
     poll = select.poll()
@@ -108,6 +118,9 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
         return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        advice = f"install the packages of requirements.txt for {sys.executable}"
+        return lacking, f"{text}, which this needs: {advice}, or set PYTHON to another"
     if isinstance(error, BrokenPipeError):
         return 1, f"a process that this one works with has ended: {text}"
     # compilers and extensions wrap what the system told them in errors of their own, and torch,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from common import cli
 from common.artifact.disk import ArtifactPair, TrustFlags
-from common.artifact.store import FetchFlags, PublishFlags
 from common.cli import flag, non_negative_int, positive_int, positive_ints
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -141,7 +140,7 @@ class BuildSettings:
     compilation: CompileFlags
     build: BuildFlags
     files: CacheFileFlags
-    store: PublishFlags
+    store: cli.PublishFlags
 
 
 @dataclass(frozen=True)
@@ -154,5 +153,5 @@ class RunSettings:
     loading: LoadFlags
     compilation: CompileFlags  # None in a field: not told
     files: CacheFileFlags
-    store: FetchFlags
+    store: cli.FetchFlags
     trust: TrustFlags

@@ -5,8 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from common.artifact.disk import ArtifactPair, TrustFlags
-from common.artifact.store import FetchFlags, PublishFlags
-from common.cli import PromptFlags, SamplingFlags, SharedFlags, flag, positive_int
+from common.cli import (
+    FetchFlags,
+    PromptFlags,
+    PublishFlags,
+    SamplingFlags,
+    SharedFlags,
+    flag,
+    positive_int,
+)
 
 APPROACH = "torch_export"
 # what a trial of compare or benchmark adds to the user's words, by mode

@@ -11,7 +11,6 @@ from aotinductor.recipe import find_differences
 from aotinductor.start.engine import Engine
 from aotinductor.start.loading import choose_library, require_gpu_for_graph
 from aotinductor.start.opening import Opening, make_opening
-from common.artifact import manifest, store
 from common.cli import Console
 from common.errors import UsageError
 from common.measure import requests
@@ -132,11 +131,14 @@ def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings
     """Return the settings with the local copy of a store's package, where --fetch names one."""
     if settings.store.fetch is None:
         return settings
+    # imported here: most starts find their package where it was built
+    from common.artifact import manifest, store
+
     target = choose_target(settings.shared, Console(quiet=True))
     asked = settings.shape.given
 
     def fits(built: manifest.Manifest) -> list[manifest.Difference]:
-        library = choose_library("auto", built)
+        library = choose_library("auto", built.details)
         return find_differences(built, target, library) + manifest.differences(
             built.recipe, asked, asked
         )

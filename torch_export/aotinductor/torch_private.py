@@ -1,12 +1,11 @@
 """Every private name of torch that this folder touches, what for, and what would end the need.
 
 Read in torch 2.9.1 and 2.14.1. A name that a stack doesn't have ends in one line that says so
-(EnvironmentProblemError), as does one that takes other arguments.
+(EnvironmentProblemError). What `common/compiler` touches, it says itself.
 """
 
-import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -61,17 +60,16 @@ def record_offset(path: Path, record: str) -> int:
     return find("torch._C", "PyTorchFileReader")(str(path)).get_record_offset(record)
 
 
-def open_library(path: Path, device: torch.device) -> Callable[[list[torch.Tensor]], list]:
-    """Return a compiled program's library as a function over torch's tensors.
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return causal attention by the flash kernel, whatever else a stack would prefer.
 
-    It takes the C interface's functions from libtorch, whose names are made global for it.
+    `torch.nn.attention.sdpa_kernel` is the public way to choose, and has no effect on a graph: the
+    choice is made while it is lowered.
     """
-    for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), ctypes.RTLD_GLOBAL)
-    if device.type == "cuda":
-        runner = find("torch._C", "_aoti.AOTIModelContainerRunnerCuda")
-        return runner(str(path), 1, str(device), str(path.parent)).run
-    return find("torch._C", "_aoti.AOTIModelContainerRunnerCpu")(str(path), 1).run
+    flash = find("torch.ops", "aten._scaled_dot_product_flash_attention")
+    return flash(q, k, v, is_causal=True, scale=scale)[0]
 
 
 @contextmanager

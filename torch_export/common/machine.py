@@ -2,9 +2,7 @@
 
 import functools
 import os
-import platform
 import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +106,10 @@ def cpu_capability() -> str:
 
 @functools.cache  # asks git, and reads metadata of packages: once a process
 def _stack() -> dict[str, Any]:
+    # imported here: a start tells what it ran on when it has answered
+    import platform
+    import subprocess
+
     # of the repository that this file is in, marked when it has changes
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     quiet = {"stderr": subprocess.DEVNULL, "cwd": Path(__file__).parent, "timeout": 10}

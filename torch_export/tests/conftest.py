@@ -49,29 +49,51 @@ def shared_folders(presets_folder, tmp_path_factory):
     patch.undo()
 
 
+def once(folder, make):
+    """Have `make` fill the folder, in one of all test processes."""
+    from filelock import FileLock
+
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            make()
+            (folder / "made").touch()
+
+
 @pytest.fixture(scope="session")
 def copied_folder(shared_folder, shared_folders):
-    """The folder alone, elsewhere, with a package of random:tiny at its default place."""
-    from filelock import FileLock
+    """The folder alone, elsewhere, with a base package of random:tiny at its default place."""
     from helpers import run_wrapper, succeeded
 
     folder = shared_folder / "elsewhere" / "torch_export"
-    with FileLock(shared_folder / "copied_folder.lock"):
-        if not list(folder.glob("artifacts/*_meta.json")):
-            ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
-            shutil.copytree(FOLDER, folder, ignore=ignored, dirs_exist_ok=True)
-            succeeded(run_wrapper("build.sh", *BUILD, folder=folder))
+
+    def make():
+        ignored = shutil.ignore_patterns("artifacts", "__pycache__", "tests", "results")
+        shutil.copytree(FOLDER, folder, ignore=ignored, dirs_exist_ok=True)
+        succeeded(run_wrapper("build.sh", *BUILD, folder=folder))
+
+    folder.parent.mkdir(exist_ok=True)
+    once(folder, make)
     return folder
 
 
 @pytest.fixture(scope="session")
 def package(copied_folder):
-    """The package of random:tiny; its metadata is beside it."""
+    """The base graph's package of random:tiny; its metadata is beside it."""
     return copied_folder / "artifacts" / "llama3b_aotinductor.pt2"
 
 
 @pytest.fixture(scope="session")
-def subject(package):
+def kv_package(shared_folder, shared_folders):
+    """The package of random:tiny with a KV cache, code only; its metadata is beside it."""
+    from pairing import build
+
+    folder = shared_folder / "kv"
+    folder.mkdir(exist_ok=True)
+    once(folder, lambda: build(folder / "kv.pt2", "--kv-cache"))
+    return folder / "kv.pt2"
+
+
+def make_subject(package, build_flags, checked):
     from faults import Subject
 
     from common.artifact.disk import ArtifactPair
@@ -83,14 +105,19 @@ def subject(package):
         path_flag="--package-path",
         pair=ArtifactPair(package, package.with_name(package.stem + "_meta.json")),
         flags=("--model-id=random:tiny", "--device=cpu", "--load-artifacts", *short),
-        build_flags=BUILD,
-        checked=(
-            "environment.torch",
-            "environment.compute_capability",
-            "model.dtype",
-            "model.config_digest",
-            "recipe.device",
-            "recipe.cpu_capability",
-            "recipe.weights_fingerprint",
-        ),
+        build_flags=build_flags,
+        checked=("model.dtype", "recipe.device", "recipe.cpu_features", *checked),
     )
+
+
+@pytest.fixture(scope="session")
+def base_subject(package):
+    names = ("environment.torch", "model.config_digest", "recipe.weights_fingerprint")
+    return make_subject(package, BUILD, names)
+
+
+@pytest.fixture(scope="session")
+def subject(kv_package):
+    """What the tests that both folders share are about. It starts without torch: any is right."""
+    names = ("environment.compute_capability", "recipe.layer_digest")
+    return make_subject(kv_package, (*BUILD, "--kv-cache"), names)

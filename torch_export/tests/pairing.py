@@ -2,30 +2,24 @@
 
 import os
 import sys
-import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from helpers import Finished, run_command, run_script, succeeded
 
+from aotinductor.build.runtime_compile import generate_eagerly
 from aotinductor.flags import RunSettings
-from aotinductor.lengths import Plan, parse_bounds
-from aotinductor.loading import load_package
-from aotinductor.serving import generate_eagerly
+from aotinductor.serving import open_run
 from common.artifact.manifest import parse_manifest
 from common.cli import Console, SamplingFlags, parse_flags
-from common.measure.measures import Request, Stages, process_start
-from common.model.checkpoint import resolve_checkpoint
+from common.measure.requests import TokenStreamer
+from common.model.eager import load_model
 from common.model.presets import CONFIGS
-from common.model.target import Target, load_model
-from common.model.tokenizer import load_codec
-from common.model.weights import list_checkpoint
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)
-CPU = torch.device("cpu")
 # nothing in common with the tiny preset but the family
 OTHER = CONFIGS["random:tiny"] | {
     "hidden_size": 128,
@@ -62,43 +56,43 @@ class Prompt:
 class Pairing:
     """What the package answers, and what eager `generate` answers."""
 
-    def __init__(self, package: Path, model_id: str):
-        (settings,) = parse_flags("", (RunSettings,), [f"--package-path={package}"])
+    def __init__(self, package: Path, model_id: str | Path, library: str = "auto"):
+        words = [f"--package-path={package}", f"--model-id={model_id}", f"--library={library}"]
+        (settings,) = parse_flags("", (RunSettings,), words)
+        opening = open_run(settings, QUIET)
         self.manifest = parse_manifest(settings.files.pair().metadata_path.read_bytes())
-        self.plan = Plan(parse_bounds(self.manifest.recipe), self.manifest.recipe)
-        target = Target(resolve_checkpoint(str(model_id), QUIET), CPU, torch.float32)
-        stages = Stages(process_start())
-        self._engine, _ = load_package(settings, target, self.plan, False, 8, stages, QUIET)
-        self.model = load_model(target)
-        self.codec = load_codec(target.checkpoint)
-        self.weight_bytes = sum(
-            one.nbytes for one in list_checkpoint(target.checkpoint.folder).values()
-        )
+        self.engine = opening.load(QUIET)
+        self.target, self.plan, self.codec = opening.target, opening.plan, opening.codec
+        # the weights that the package has, in which all else is computed exactly
+        self.model = load_model(self.target).float()
+        self.weight_bytes = sum(one.nbytes for one in self.target.checkpoint.stored.values())
 
-    def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False):
+    def prompt(self, length, new_tokens=NEW_TOKENS, stop_ids=(), bucket_pad=False) -> Prompt:
         ids = self.codec.synthetic_prompt(length, seed=0)
         return Prompt(ids, new_tokens, stop_ids, bucket_pad)
 
-    def packaged(self, prompt, on_token=None):
-        rest = (prompt.new_tokens, prompt.stop_ids, on_token)
-        if self.plan.slots is None:
-            padded = partial(self.plan.bounds.padded, bucket_pad=prompt.bucket_pad)
-            return self._engine.generate(prompt.token_ids, padded, *rest)
-        padded = self.plan.bounds.padded(len(prompt.token_ids), prompt.bucket_pad)
-        return self._engine.generate(prompt.token_ids, padded, *rest)
+    def packaged(self, prompt: Prompt, on_token=lambda token: None, **sampling) -> list[int]:
+        self.engine.plan = replace(self.plan, bucket_pad=prompt.bucket_pad)
+        tokens = []
+        choices = {"stop_ids": prompt.stop_ids} | sampling
+        for token in self.engine.tokens(prompt.token_ids, prompt.new_tokens, **choices):
+            on_token(token)
+            tokens.append(token)
+        return tokens
 
-    def eager(self, prompt, on_token=None):
+    def eager(self, prompt: Prompt, on_token=lambda token: None) -> list[int]:
+        """Return the model's greedy tokens, computed in float32."""
+        streamer = TokenStreamer(on_token)
+        sampling = (SamplingFlags(), 0)
         return generate_eagerly(
-            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids,
-            on_token or (lambda token: None), SamplingFlags(), 0,
-        )  # fmt: skip
+            self.model, prompt.token_ids, prompt.new_tokens, prompt.stop_ids, *sampling, streamer
+        )
 
-
-def timed(generate, prompt: Prompt) -> Request:
-    """Return what one request took."""
-    began, arrivals = time.monotonic(), []
-    generate(prompt, lambda token: arrivals.append(time.monotonic()))
-    return Request(arrivals[-1] - began, arrivals[0] - began, len(arrivals))
+    def eager_logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """Return (tokens, vocab) float32: the logits that each of the tokens was chosen from."""
+        ids = torch.tensor([[*prompt, *tokens]])
+        with torch.no_grad():
+            return self.model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1]
 
 
 def run_limited(file_bytes: int, arguments: list) -> Finished:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from aotinductor import torch_private
 from aotinductor.build import layer_graphs, layer_package
 from aotinductor.build.compiler import compile_program, library_of
 from aotinductor.build.layer_graphs import export_program, make_programs
@@ -21,10 +20,9 @@ from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
 from aotinductor.lengths import make_bounds
-from aotinductor.start.kv_engine import Embedding, KvEngine, State, rope_table
+from aotinductor.start.kv_engine import KvEngine, State
 from aotinductor.start.memory import HostMemory
 from common.errors import UsageError
-from common.model.weights import numpy_dtype
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
 LENGTHS = (100, 1, 7, 63, 64, 65, 129)  # a long one first: what it leaves must not leak
@@ -58,13 +56,10 @@ def engine_of(model, programs: dict) -> KvEngine:
     details = layer_package.describe_package(model, cache, make_programs(model))
     widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
     state = State.make(memory, cache, *widths)
-    memory.write(state.rope, rope_table(**details["rope"], slots=SLOTS))
     weights = dict(model.named_parameters())
     steps = TorchSteps(programs, details["programs"], weights, state, memory)
-    dtype = str(model.dtype).removeprefix("torch.")
-    table = weights["model.embed_tokens.weight"].detach().view(torch.uint8).numpy()
-    embedding = Embedding(table.view(numpy_dtype(dtype)), dtype, dtype)
-    return KvEngine(steps, state, cache, memory, embedding)
+    steps.rotate_with(**details["rope"])
+    return KvEngine(steps, state, cache, memory)
 
 
 def uncompiled_engine(model) -> KvEngine:
@@ -173,7 +168,8 @@ def compile_programs(model) -> Compiled:
         exported = export_program(program, model, shape_of(model), BOUNDS)
         files = compile_program(exported, layer_package.program_options(name, model, False))
         (source,) = (file for file in files if file.endswith(".wrapper.cpp"))
-        run[name] = torch_private.open_library(library_of(files), model.device)
+        # linked with libtorch, as without `linked_with`, and run by torch's own runner
+        run[name] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library_of(files)), 1).run
         sources[name] = Path(source).read_text()
     return Compiled(run, sources)
 

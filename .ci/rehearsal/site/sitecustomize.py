@@ -74,7 +74,29 @@ def watch_cuda_graphs(module):
     recorded(module.CUDAGraph, "replay", "replayed", lambda *args: "CUDA graph")
 
 
+def watch_own_graphs(module):
+    recorded(module.Graph, "replay", "replayed", lambda *args: "CUDA graph")
+
+
+def keep_sources(module):
+    """Have a package with a KV cache carry the source of each program, to be read."""
+    stock = module.write_package
+
+    def write_package(path, entries, *rest):
+        libraries = {name: file for name, file in entries.items() if name.startswith("programs/")}
+        sources = {
+            name.removesuffix(".so") + ".cpp": file.with_suffix(".cpp")
+            for name, file in libraries.items()
+            if name.endswith(".so")
+        }
+        stock(path, entries | sources, *rest)
+
+    module.write_package = write_package
+
+
 if "REHEARSAL_CALLS" in os.environ:
+    AFTER_IMPORT["common.cuda"] = watch_own_graphs
+    AFTER_IMPORT["aotinductor.build.layer_package"] = keep_sources
     AFTER_IMPORT["triton.backends.nvidia.compiler"] = watch_compiler
     AFTER_IMPORT["torch._inductor.runtime.triton_heuristics"] = watch_tuning
     AFTER_IMPORT["torch.cuda.graphs"] = watch_cuda_graphs

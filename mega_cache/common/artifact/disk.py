@@ -294,8 +294,6 @@ def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
 
         split -b 64M --filter 'sha256sum | head -c 64 | xxd -r -p' FILE | sha256sum
     """
-    # imported here: --help does not pay for it
-    from concurrent.futures import ThreadPoolExecutor
 
     def block_digest(start: int) -> bytes:
         digest, end = hashlib.sha256(), min(start + BLOCK_BYTES, size)
@@ -305,9 +303,14 @@ def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
             start += len(part)
         return digest.digest()
 
+    if size <= BLOCK_BYTES:
+        return block_digest(0).hex()
+    # imported here: a start of a package that is code alone does not pay for it
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor() as pool:  # hashlib and pread work outside the GIL
         digests = list(pool.map(block_digest, range(0, size, BLOCK_BYTES)))
-    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def origin_problem(path: Path) -> str | None:

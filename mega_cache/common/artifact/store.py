@@ -20,7 +20,6 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,30 +27,11 @@ from common import errors
 from common.artifact import disk, manifest
 from common.artifact.disk import ArtifactPair, TrustFlags
 from common.artifact.manifest import Difference, Manifest, describe, one_line
-from common.cli import Console, flag
+from common.cli import Console
 
 Fits = Callable[[Manifest], list[Difference]]
 
 _METADATA = "meta.json"
-_KINDS = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
-
-
-@dataclass(frozen=True)
-class PublishFlags:
-    """store"""
-
-    publish: str | None = flag(None, f"URL of a store to put the artifact into: {_KINDS}")
-
-
-@dataclass(frozen=True)
-class FetchFlags:
-    """store"""
-
-    fetch: str | None = flag(
-        None,
-        f"URL of a store to take the artifact from: {_KINDS}; it is somebody else's code, so add "
-        "--expect-sha256 or --trust-artifact",
-    )
 
 
 class _Entry(NamedTuple):

@@ -4,17 +4,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import cuda
 from common.cli import Console, config_of
-from common.compiler.counts import Watch, read_counts
 from common.machine import environment
 from common.measure import measures
-from common.measure.report import SCHEMA, markdown_table, number
 from common.model.stored import item_bytes
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, text_printer
+
+if TYPE_CHECKING:
+    from common.compiler.counts import Watch
 
 # (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
 # each one as it reaches the host
@@ -47,7 +48,7 @@ def serve_requests(
     prompts: Sequence[list[int]],
     generate: Generate,
     stages: measures.Stages,
-    watch: Watch | None,
+    watch: "Watch | None",
     console: Console,
 ) -> dict[str, Any]:
     """Serve one prompt after another, streaming text to stdout; return the run's result.
@@ -66,6 +67,10 @@ def serve_requests(
     # request 1 up to its first token is prefill; all the rest of generation is decode
     stages.seconds["prefill"] = requests[0].ttft_seconds
     stages.close("decode")
+    # imported here: they are no part of a start
+    from common.compiler.counts import read_counts
+    from common.measure.report import SCHEMA
+
     texts = [codec.decode(token_ids) for token_ids in completions]
     first = completions[0]
     same = [ids for prompt, ids in zip(prompts, completions, strict=True) if prompt == prompts[0]]
@@ -149,31 +154,48 @@ def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dic
 
 def print_run(document: dict, console: Console) -> None:
     """Say how the run went in at most three lines on stderr; --verbose adds every measure."""
-    metrics, stages, counts = document["metrics"], document["stages"], document["compile"]
-    artifact, speed = document["artifact"], document["decode"]
-    what = f"loaded {artifact['name']}" if artifact else f"mode {document['mode']}"
-    named = {
-        "unique_graphs": "graphs traced",
-        "kernels_compiled": "kernels compiled",
-        "kernels_tuned": "kernels tuned",
-    }
-    done = [f"{counts[name]} {named[name]}" for name in named if counts[name] is not None]
-    console.say(f"{what}: {', '.join(done)}")
+    from common.measure.report import markdown_table, number
+
+    for line in run_lines(document):
+        console.say(line)
+    if console.verbose:
+        metrics = document["metrics"]
+        known = [one for one in measures.MEASURES if metrics[one.key] is not None]
+        rows = [[one.label, f"{number(metrics[one.key])} {one.unit}"] for one in known]
+        rows += [[f"stage: {name}", f"{took:.3f} s"] for name, took in document["stages"].items()]
+        rows += [[name, number(count)] for name, count in document["compile"].items()]
+        console.say(markdown_table(["measure", "value"], rows))
+
+
+def run_lines(document: dict) -> list[str]:
+    """Return what was loaded and whether it hit, when the first token came, and how fast."""
+    metrics, stages, speed = document["metrics"], document["stages"], document["decode"]
     largest = sorted(stages.keys() - {"decode"}, key=stages.__getitem__, reverse=True)[:3]
     parts = ", ".join(f"{name} {stages[name]:.2f}" for name in largest)
     ready, first_token = metrics["setup_seconds"], metrics["ttft_cold_start_seconds"]
-    console.say(f"ready after {ready:.2f} s, first token after {first_token:.2f} s ({parts})")
+    lines = [
+        _what_ran(document["artifact"], document["mode"], document["compile"]),
+        f"ready after {ready:.2f} s, first token after {first_token:.2f} s ({parts})",
+    ]
     if speed["seconds_per_token"]:
         text = f"decode {speed['tokens_per_second']:.1f} tokens/s"
         if speed["bytes_per_second"]:
             text += f", {speed['bytes_per_second'] / 1e9:.1f} GB/s"
         if speed["bandwidth_share"]:
             text += f" ({speed['bandwidth_share']:.0%} of the GPU's bandwidth)"
-        console.say(text)
-    if console.verbose:
-        known = [one for one in measures.MEASURES if metrics[one.key] is not None]
-        rows = [[one.label, f"{number(metrics[one.key])} {one.unit}"] for one in known]
-        for what, taken in (("stage", stages), ("behind them", document["hidden_stages"])):
-            rows += [[f"{what}: {name}", f"{seconds:.3f} s"] for name, seconds in taken.items()]
-        rows += [[name, number(count)] for name, count in counts.items()]
-        console.say(markdown_table(["measure", "value"], rows))
+        lines.append(text)
+    return lines
+
+
+def _what_ran(artifact: dict | None, mode: str, counts: dict[str, int | None]) -> str:
+    if artifact and "library" in artifact:  # what cannot compile has nothing to count
+        behind = "its own runtime library" if artifact["library"] == "runtime" else "libtorch"
+        return f"loaded {artifact['name']} over {behind}: no compiler in the process"
+    named = {
+        "unique_graphs": "graphs traced",
+        "kernels_compiled": "kernels compiled",
+        "kernels_tuned": "kernels tuned",
+    }
+    done = [f"{counts[name]} {named[name]}" for name in named if counts[name] is not None]
+    what = f"loaded {artifact['name']}" if artifact else f"mode {mode}"
+    return f"{what}: {', '.join(done)}"

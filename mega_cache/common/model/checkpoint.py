@@ -22,8 +22,6 @@ from typing import Any
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
 from common.machine import package_version
-from common.model.presets import CONFIGS, materialize, preset_folder
-from common.model.resolve import RESOLVER, ask_transformers
 from common.model.stored import Stored, list_stored
 
 _HUB_FILES = [
@@ -34,6 +32,8 @@ _ASKED_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "chat_template*", "added_tokens.json", "vocab.*", "merges.txt",
 )  # fmt: skip
+# raised when an answer of `ask_transformers` has other fields or another meaning
+RESOLVER = 2
 _CHUNK_BYTES = 1 << 24
 
 
@@ -189,7 +189,10 @@ def resolve_checkpoint(
             if _asked(path):
                 _read_json(path)
         console.say(f"asking transformers what {model_id} is: once, the answer is kept")
-        known = ask_transformers(folder) | {"files": digest}
+        # imported here: a checkpoint that was asked for before starts without it
+        from common.model.resolve import ask_transformers
+
+        known = ask_transformers(folder) | {"resolver": RESOLVER, "files": digest}
         _remember(known)
     checkpoint = Checkpoint(folder, model_id, revision, known)
     if checkpoint.stored:
@@ -200,6 +203,8 @@ def resolve_checkpoint(
 def _find_folder(model_id: str, console: Console) -> tuple[Path, str]:
     """Return the checkpoint's folder and its revision."""
     if model_id.startswith("random:"):
+        from common.model.presets import CONFIGS, materialize, preset_folder
+
         if model_id not in CONFIGS:
             raise UsageError(f"no preset is called {model_id!r}: choose from {', '.join(CONFIGS)}")
         folder = materialize(CONFIGS[model_id], preset_folder(model_id), console)

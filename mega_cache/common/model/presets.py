@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,8 @@ def _write_model(config: dict[str, Any], seed: int, folder: Path) -> None:
         return weight.mul_(config["initializer_range"]).to(dtype)
 
     names = [name for name, _ in model.named_parameters()]  # a tied weight comes once
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor() as pool:  # random numbers are drawn outside the GIL
         weights = dict(zip(names, pool.map(draw, names), strict=True))
     folder.mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
-from common.model import checkpoint as checkpoints
+from common.model import resolve
 from common.model.checkpoint import resolve_checkpoint
 from common.model.resolve import ask_transformers, read_config
 from common.model.tokenizer import load_codec
@@ -395,7 +395,7 @@ def test_what_an_artifact_knows_is_taken_for_its_own_files_only(copy, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     asked = []
     monkeypatch.setattr(
-        checkpoints, "ask_transformers", lambda folder: asked.append(1) or ask_transformers(folder)
+        resolve, "ask_transformers", lambda folder: asked.append(1) or ask_transformers(folder)
     )
     through_json = json.loads(json.dumps(known))
     assert resolve_checkpoint(str(copy), QUIET, through_json).resolved == known

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.artifact.store import FetchFlags
-from common.cli import BenchmarkFlags, CompareFlags, ComparisonFlags, PromptFlags, SharedFlags
+from common.cli import (
+    BenchmarkFlags,
+    CompareFlags,
+    ComparisonFlags,
+    FetchFlags,
+    PromptFlags,
+    SharedFlags,
+)
 from common.errors import ScriptError
 from common.measure.compare import Subject, benchmark, compare
 from common.measure.measures import MEASURES

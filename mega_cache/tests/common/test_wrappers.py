@@ -30,6 +30,21 @@ def test_a_wrapper_is_found_through_a_link_and_beside_an_exported_cdpath(name, t
         assert done.stderr == ""
 
 
+def test_without_a_stderr_the_answer_is_on_stdout_all_the_same(tmp_path):
+    # the shell opens the wrapper itself where stderr was
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\n"
+        "from common.cli import Console\nfrom common.errors import run_script\n"
+        "run_script(lambda argv: (Console(False).say('aside'), print('answer')))\n"
+    )
+    wrapper = tmp_path / "wrapper.sh"
+    wrapper.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "{script}"\n')
+    wrapper.chmod(0o755)
+    done = subprocess.run(f"{wrapper} 2>&-", shell=True, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "answer\n")
+
+
 def test_a_folder_with_a_space_in_its_name_is_one(tmp_path):
     folder = tmp_path / "two words" / "folder"
     ignored = shutil.ignore_patterns("artifacts", "tests", "results", "__pycache__")

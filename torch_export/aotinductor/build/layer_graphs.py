@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aotinductor import torch_private
 from aotinductor.build.compiler import example_and_dim
 from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
 from aotinductor.lengths import Bounds
@@ -296,8 +297,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     On CUDA always flash, where there is a flash kernel. Left the choice, torch 2.11 and later
     prefer cuDNN on Hopper, which makes a plan for every new length (23 to 37 ms) and is known for
-    wrong results (pytorch #193893, #169849). The choice is made while the graph is lowered, so a
-    context manager here would have no effect: the operator is called by its name.
+    wrong results (pytorch #193893, #169849).
     """
     if (
         q.device.type == "cuda"
@@ -306,8 +306,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         and q.shape[-1] <= 256
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     ):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(q, k, v, is_causal=True, scale=scale)[0]
+        return torch_private.flash_attention(q, k, v, scale)
     # (Without flash, KV heads are repeated. An expanded view of K and V does not help: Inductor
     # materialises it for SDPA.)
     gqa = q.shape[1] != k.shape[1]

@@ -45,12 +45,12 @@ def compile_steps(folder: Path) -> Path:
 
 def _compiler() -> str:
     wanted = os.environ.get("CXX", "g++")
-    compiler = shutil.which(wanted)
-    if compiler is None:
+    found = shutil.which(wanted)
+    if found is None:
         raise EnvironmentProblemError(
             f"no C++ compiler: {wanted} is not on PATH; install g++ or name another in CXX"
         )
-    return compiler
+    return found
 
 
 def _compile(inputs: list[str], library: Path) -> None:

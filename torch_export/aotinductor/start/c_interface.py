@@ -4,7 +4,7 @@ Generated code (AOTInductor's) asks torch's C interface for memory and handles. 
 libtorch, or the runtime library that a package carries, which has those functions without torch.
 
     interface = open_runtime(path)             or open_libtorch(with_cuda=False)
-    program = Program(path_of_a_library, "cpu")
+    program = Program(path_of_a_library, interface, "cpu")
     step = Step(steps_library, interface, "cpu", [(program, [operand, ...]), ...])
     step.run()
 
@@ -26,6 +26,9 @@ from common.errors import ArtifactDamagedError, EnvironmentProblemError
 from common.model.weights import Tensor
 
 _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
+# what a library was linked with comes before what the process has made global: another package may
+# have opened libtorch, whose functions must not meet the runtime library's handles
+_OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
 _LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
 _LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
@@ -96,17 +99,23 @@ def open_runtime(path: str) -> Interface:
     return Interface("runtime", open_library(path))
 
 
+def find_torch() -> Path:
+    """Return torch's folder. Raises EnvironmentProblemError where it isn't installed."""
+    folder = machine.torch_folder()
+    if folder is None:
+        raise EnvironmentProblemError(
+            "this start is over libtorch, and no torch is installed: install the one that built "
+            "the package; one with a KV cache starts without (./build.sh --kv-cache)"
+        )
+    return folder
+
+
 def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
     """Return libtorch's interface, its functions being there for every library opened from now on.
 
     `whole`: with libtorch.so, which programs name that are linked for torch's plain loader.
     """
-    folder = machine.torch_folder()
-    if folder is None:
-        raise EnvironmentProblemError(
-            "this package's programs call functions that only libtorch has, and no torch is "
-            "installed: install the torch that built it"
-        )
+    folder = find_torch()
     names = [
         *_LIBTORCH,
         *(_LIBTORCH_CUDA if with_cuda else ()),
@@ -133,8 +142,9 @@ def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
 class Program:
     """One compiled program, opened. Its weights are inputs, unless it has constants."""
 
-    def __init__(self, path: str, device: str, cubins: Path | None = None):
-        self.library = open_library(path)
+    def __init__(self, path: str, interface: Interface, device: str, cubins: Path | None = None):
+        own_first = interface.name == "runtime"
+        self.library = open_library(path, _OWN_FIRST if own_first else _LOCAL_NOW)
         self.handle = ctypes.c_void_p()
         self.kept: Any = None  # what it reads, and has no copy of
         create = self.library.AOTInductorModelContainerCreateWithDevice

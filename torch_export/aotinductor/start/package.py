@@ -7,6 +7,7 @@ STEM/native/*.so                           what makes a step's calls, and the ru
 STEM/weights/model.safetensors             weights, where a KV package holds them
 """
 
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -17,7 +18,9 @@ from typing import BinaryIO
 from common.errors import EnvironmentProblemError
 
 STEPS, RUNTIME = "native/libllama_steps.so", "native/libllama_runtime.so"
+OPENMP = "native/libgomp.so.1"
 WEIGHTS = "weights/model.safetensors"
+_unpacked: dict[tuple[bytes, str], str] = {}  # digest, and what it calls -> a path that opens it
 _FOLDERS = ("programs", "data/aotinductor")  # where programs lie: ours, and those of torch's loader
 
 
@@ -71,20 +74,26 @@ class Package:
         lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         return entry.header_offset + 30 + sum(lengths)
 
-    def library(self, name: str) -> str:
+    def library(self, name: str, over: str = "") -> str:
         """Return a path that opens an entry's library, as long as this process lives.
 
         The code never lies in a folder: there is none to be writable, or to forbid execution, and
-        none is left behind. KeyError: no such entry.
+        none is left behind. The same code has the same path, unless it is to be bound to something
+        else (`over`). KeyError: no such entry.
         """
         content = self._archive.read(self._entries[name])
-        descriptor = os.memfd_create(Path(name).name)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        return f"/proc/self/fd/{descriptor}"
+        key = (hashlib.sha256(content).digest(), over)
+        if key not in _unpacked:
+            # never closed: the loader takes a path that it knows for the library that it knows
+            descriptor = os.memfd_create(Path(name).name)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(content)
+            _unpacked[key] = f"/proc/self/fd/{descriptor}"
+        return _unpacked[key]
 
-    def program(self, program: str) -> str:
-        return self.library(self._libraries[program])
+    def program(self, program: str, over: str) -> str:
+        """Return a path that opens a program, which is bound to what it calls when it is opened."""
+        return self.library(self._libraries[program], over)
 
     def unpack_kernels(self) -> "tempfile.TemporaryDirectory[str]":
         """Return a folder with one per program of its CUDA kernels: data, which only CUDA reads."""

@@ -19,8 +19,6 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# raised when an answer has other fields or another meaning
-RESOLVER = 2
 # what shapes no graph and no token, of any family's configuration
 _NOISE = _words("""
     architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
@@ -64,7 +62,6 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         rope = _rope(model)
         answer = {
-            "resolver": RESOLVER,
             "transformers": package_version("transformers"),
             "architecture": _architecture(config, model, rope),
             "rope": rope,
