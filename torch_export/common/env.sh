@@ -1,5 +1,7 @@
 # Sourced by the wrappers: sets PYTHON to an interpreter that has torch and transformers.
 # Kept if the user set it; else the active python3; else the repository's .venv, made on first use.
+# A wrapper that can do without torch names in the array `needs` what will do; nothing is installed
+# for it.
 
 # no `cd`: it says where it went if the user exports CDPATH
 common_dir=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
@@ -33,6 +35,15 @@ make_venv() {
 
 if [[ -z ${PYTHON:-} ]]; then
   if has_packages python3 torch transformers; then
+    PYTHON=python3
+  elif [[ -f $repo_dir/.venv/.complete ]]; then
+    PYTHON=$repo_dir/.venv/bin/python
+  elif [[ -n ${needs:-} ]]; then
+    has_packages python3 "${needs[@]}" || {
+      echo "error: python3 has not all of ${needs[*]}: install what requirements-serve.txt names," \
+        "or set PYTHON" >&2
+      exit 5
+    }
     PYTHON=python3
   elif [[ -f $repo_dir/requirements.txt ]]; then
     make_venv

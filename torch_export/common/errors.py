@@ -118,6 +118,9 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
         return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        advice = f"install the packages of requirements.txt for {sys.executable}"
+        return lacking, f"{text}, which this needs: {advice}, or set PYTHON to another"
     if isinstance(error, BrokenPipeError):
         return 1, f"a process that this one works with has ended: {text}"
     # compilers and extensions wrap what the system told them in errors of their own, and torch,

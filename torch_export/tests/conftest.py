@@ -118,6 +118,6 @@ def base_subject(package):
 
 @pytest.fixture(scope="session")
 def subject(kv_package):
-    """What the tests that both folders share are about; libtorch's version does not matter to it."""
+    """What the tests that both folders share are about. It starts without torch: any is right."""
     names = ("environment.compute_capability", "recipe.layer_digest")
     return make_subject(kv_package, (*BUILD, "--kv-cache"), names)

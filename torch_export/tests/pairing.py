@@ -2,8 +2,7 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from aotinductor.flags import RunSettings
 from aotinductor.serving import open_run
 from common.artifact.manifest import parse_manifest
 from common.cli import Console, SamplingFlags, parse_flags
-from common.measure.measures import Request
 from common.measure.requests import TokenStreamer
 from common.model.eager import load_model
 from common.model.presets import CONFIGS
@@ -95,13 +93,6 @@ class Pairing:
         ids = torch.tensor([[*prompt, *tokens]])
         with torch.no_grad():
             return self.model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1]
-
-
-def timed(generate: Callable, prompt: Prompt) -> Request:
-    """Return what one request took."""
-    began, arrivals = time.monotonic(), []
-    generate(prompt, lambda token: arrivals.append(time.monotonic()))
-    return Request(arrivals[-1] - began, arrivals[0] - began, len(arrivals))
 
 
 def run_limited(file_bytes: int, arguments: list) -> Finished:

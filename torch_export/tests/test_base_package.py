@@ -2,19 +2,18 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import FOLDER, run_script, succeeded
+from helpers import FOLDER, run_command, run_script, succeeded
 from pairing import NEW_TOKENS, OTHER, QUIET, Pairing, build, run_limited
 
 from common.model.presets import materialize
 
 LENGTHS = (1, 2, 7, 8, 9, 127, 128, 129, 1000, 2048 - NEW_TOKENS)
 RUN = "run_llama_aotinductor.py"
-SHORT = ["--model-id=random:tiny", "--prompt-length=9", "--max-new-tokens=4"]
+SHORT = ["--model-id=random:tiny", "--device=cpu", "--prompt-length=9", "--max-new-tokens=4"]
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +21,11 @@ def tiny(package):
     return Pairing(package, "random:tiny")
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Untied embeddings, 4 heads on 4 KV heads, plain rope; with a checkpoint of its own."""
-    folder = tmp_path_factory.mktemp("other")
-    checkpoint = materialize(OTHER, folder / "checkpoint", QUIET)
-    package = folder / "other.pt2"
-    build(package, f"--model-id={checkpoint}")
-    return Pairing(package, checkpoint)
-
-
 @pytest.mark.parametrize("length", LENGTHS)
 def test_greedy_tokens_equal_eager_at_every_length(tiny, length):
     tokens = tiny.packaged(tiny.prompt(length))
     assert len(tokens) == NEW_TOKENS
     assert tokens == tiny.eager(tiny.prompt(length))
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_another_llama_gives_its_eager_tokens_too(other, length):
-    assert other.packaged(other.prompt(length)) == other.eager(other.prompt(length))
 
 
 @pytest.mark.parametrize("length", (1, 9, 129))
@@ -73,7 +57,7 @@ def test_metadata_tells_how_far_logits_are_from_eager(tiny):
 
 def test_a_start_unpacks_code_and_no_weights(tiny, package):
     below = tiny.weight_bytes - 1
-    done = run_limited(below, [FOLDER / RUN, "--device=cpu", *SHORT, f"--package-path={package}"])
+    done = run_limited(below, [FOLDER / RUN, *SHORT, f"--package-path={package}"])
     assert done.status == 0, done.stderr
     plain = f"import torch; torch._inductor.aoti_load_package({str(package)!r})"
     assert run_limited(below, ["-c", plain]).status != 0  # which does unpack them
@@ -83,14 +67,19 @@ def test_a_package_with_its_weights_needs_no_others(package, presets_folder, tmp
     (checkpoint,) = presets_folder.glob("random-tiny-*")
     for path in checkpoint.glob("*.json"):
         shutil.copy(path, tmp_path)
-    flags = ["--device=cpu", f"--package-path={package}", *SHORT]
+    flags = [*SHORT, f"--package-path={package}"]
     whole = succeeded(run_script(RUN, *flags, result=tmp_path / "whole.json"))
     alone = run_script(RUN, *flags, f"--model-id={tmp_path}", result=tmp_path / "alone.json")
     assert succeeded(alone).result["output"] == whole.result["output"]
-    assert alone.result["decode"]["bytes_per_second"] is None  # unknown, not 0
 
 
-def test_a_program_of_ones_own_gets_logits_from_the_package(tiny, package, tmp_path):
+def test_sampling_from_the_base_graph_is_refused_with_what_samples(package):
+    done = run_script(RUN, *SHORT, f"--package-path={package}", "--temperature=0.5")
+    assert done.status == 2
+    assert "./build.sh --kv-cache" in done.stderr.splitlines()[-1]
+
+
+def test_a_program_of_ones_own_gets_logits_from_the_package(tiny, package):
     ids = tiny.codec.synthetic_prompt(16, seed=1)
     program = f"""
 import json, torch
@@ -98,8 +87,29 @@ run = torch._inductor.aoti_load_package({str(package)!r})
 ids = torch.tensor([{ids}])
 print(json.dumps(run(ids, torch.ones_like(ids))[0, -1].tolist()))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run_command([sys.executable, "-c", program]))
     logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))  # (vocab,)
     expected = tiny.model(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+
+
+def test_a_static_graph_of_code_only_gives_one_token_and_says_why_not_two(tmp_path, shared_folders):
+    # of another Llama: untied embeddings, 4 heads on 4 KV heads, plain rope
+    checkpoint = materialize(OTHER, tmp_path / "checkpoint", QUIET)
+    package = tmp_path / "static.pt2"
+    static = ("--no-dynamic-seq-len", "--example-seq-len=16", "--no-embed-weights")
+    build(package, f"--model-id={checkpoint}", *static)
+    other = Pairing(package, checkpoint)
+    assert package.stat().st_size < other.weight_bytes / 2
+    for length in (1, 9, 16):
+        prompt = other.prompt(length, 1)
+        assert other.packaged(prompt) == other.eager(prompt)
+    one = [*SHORT, f"--model-id={checkpoint}", f"--package-path={package}", "--max-new-tokens=1"]
+    done = succeeded(run_script(RUN, *one, result=tmp_path / "run.json"))
+    assert done.result["output"]["padded_tokens"] == 16
+    two = run_script(RUN, *one, "--max-new-tokens=2")
+    assert two.status == 2
+    assert "every new token makes the sequence longer" in two.stderr.splitlines()[-1]
+    long = run_script(RUN, *one, "--prompt-length=17")
+    assert long.status == 2
+    assert "--example-seq-len 17" in long.stderr.splitlines()[-1]

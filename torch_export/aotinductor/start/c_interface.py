@@ -99,17 +99,23 @@ def open_runtime(path: str) -> Interface:
     return Interface("runtime", open_library(path))
 
 
+def find_torch() -> Path:
+    """Return torch's folder. Raises EnvironmentProblemError where it isn't installed."""
+    folder = machine.torch_folder()
+    if folder is None:
+        raise EnvironmentProblemError(
+            "this start is over libtorch, and no torch is installed: install the one that built "
+            "the package; one with a KV cache starts without (./build.sh --kv-cache)"
+        )
+    return folder
+
+
 def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
     """Return libtorch's interface, its functions being there for every library opened from now on.
 
     `whole`: with libtorch.so, which programs name that are linked for torch's plain loader.
     """
-    folder = machine.torch_folder()
-    if folder is None:
-        raise EnvironmentProblemError(
-            "this package's programs call functions that only libtorch has, and no torch is "
-            "installed: install the torch that built it"
-        )
+    folder = find_torch()
     names = [
         *_LIBTORCH,
         *(_LIBTORCH_CUDA if with_cuda else ()),
