@@ -121,7 +121,7 @@ def test_half_precision_is_as_near_to_float32_as_eager_is(kind, dtype):
     with torch.no_grad():
         expected, eager = (one(ids).logits[0, -1].float() for one in (exact, model))
     spread = expected.std()
-    found = (torch.from_numpy(engine.read_logits()) - expected).abs().max() / spread
+    found = (torch.tensor(engine.read_logits()) - expected).abs().max() / spread
     assert found <= 1.5 * (eager - expected).abs().max() / spread + 0.01
 
 

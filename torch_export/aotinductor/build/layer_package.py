@@ -28,7 +28,7 @@ from aotinductor.build.layer_graphs import (
     export_program,
     make_programs,
     state_dtypes,
-)  # fmt: skip
+)
 from aotinductor.build.symbols import called_symbols, missing_symbols, stripped
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
