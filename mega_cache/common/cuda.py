@@ -112,7 +112,7 @@ class Runtime:
 def runtime() -> Runtime:
     """Return the CUDA runtime, with the first GPU set; the one that is in this process, if any."""
     everything = ctypes.CDLL(None)
-    if not hasattr(everything, "cudaMalloc"):
+    if not hasattr(everything, "cudaGetErrorString"):
         ctypes.CDLL(str(_find_runtime()), ctypes.RTLD_GLOBAL)
     found = Runtime(everything)
     found.cudaSetDevice(0)

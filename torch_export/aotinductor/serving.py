@@ -138,7 +138,7 @@ def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings
     asked = settings.shape.given
 
     def fits(built: manifest.Manifest) -> list[manifest.Difference]:
-        library = choose_library("auto", built)
+        library = choose_library("auto", built.details)
         return find_differences(built, target, library) + manifest.differences(
             built.recipe, asked, asked
         )

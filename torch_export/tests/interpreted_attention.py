@@ -18,7 +18,6 @@ from triton.runtime import interpreter
 
 from aotinductor.build import decode_kernel
 from aotinductor.build.layer_graphs import plain_attention
-from aotinductor.start.kv_engine import rope_table
 
 # around the kernel's block of 32 slots; splits are empty, partly full or several blocks long
 POSITIONS = (0, 1, 31, 32, 33, 130, 517, 1023)
@@ -40,8 +39,8 @@ def measure(dtype: torch.dtype, head_dim: int, group: int, position: int) -> dic
     width = KV_HEADS * head_dim
     q, k, v = random(group * width), random(width), random(width)
     before = [random(SLOTS, width), random(SLOTS, width)]
-    frequencies = torch.logspace(0, -4, head_dim // 2).tolist()
-    rope = torch.from_numpy(rope_table(frequencies, 1.0, SLOTS))
+    frequencies = torch.logspace(0, -4, head_dim // 2)
+    rope = rope_table(frequencies)
     place = torch.tensor([position])
 
     expected_tables = [table.float() for table in before]
@@ -68,6 +67,13 @@ def measure(dtype: torch.dtype, head_dim: int, group: int, position: int) -> dic
             for now, was in zip(tables, before, strict=True)
         ),
     }
+
+
+def rope_table(frequencies: torch.Tensor) -> torch.Tensor:
+    """Return (2, slots, head_dim): cosines and signed sines."""
+    angles = torch.arange(float(SLOTS))[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

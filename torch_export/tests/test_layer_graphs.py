@@ -20,10 +20,9 @@ from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
 from aotinductor.lengths import make_bounds
-from aotinductor.start.kv_engine import Embedding, KvEngine, State, rope_table
+from aotinductor.start.kv_engine import KvEngine, State
 from aotinductor.start.memory import HostMemory
 from common.errors import UsageError
-from common.model.weights import numpy_dtype
 
 SLOTS = 190  # no multiple of a block: the last one is filled up
 LENGTHS = (100, 1, 7, 63, 64, 65, 129)  # a long one first: what it leaves must not leak
@@ -57,13 +56,10 @@ def engine_of(model, programs: dict) -> KvEngine:
     details = layer_package.describe_package(model, cache, make_programs(model))
     widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
     state = State.make(memory, cache, *widths)
-    memory.write(state.rope, rope_table(**details["rope"], slots=SLOTS))
     weights = dict(model.named_parameters())
     steps = TorchSteps(programs, details["programs"], weights, state, memory)
-    dtype = str(model.dtype).removeprefix("torch.")
-    table = weights["model.embed_tokens.weight"].detach().view(torch.uint8).numpy()
-    embedding = Embedding(table.view(numpy_dtype(dtype)), dtype, dtype)
-    return KvEngine(steps, state, cache, memory, embedding)
+    steps.rotate_with(**details["rope"])
+    return KvEngine(steps, state, cache, memory)
 
 
 def uncompiled_engine(model) -> KvEngine:
@@ -125,7 +121,7 @@ def test_half_precision_is_as_near_to_float32_as_eager_is(kind, dtype):
     with torch.no_grad():
         expected, eager = (one(ids).logits[0, -1].float() for one in (exact, model))
     spread = expected.std()
-    found = (torch.from_numpy(engine.read_logits()) - expected).abs().max() / spread
+    found = (torch.tensor(engine.read_logits()) - expected).abs().max() / spread
     assert found <= 1.5 * (eager - expected).abs().max() / spread + 0.01
 
 

@@ -126,7 +126,12 @@ def test_weights_of_other_formats_are_not_downloaded(tmp_path, tiny_files):
         def do_GET(self):
             name = self.path.partition("/resolve/")[2].partition("/")[2]
             siblings = [{"rfilename": one} for one in sorted(wanted | besides)]
-            body = json.dumps({"id": MODEL, "sha": "a" * 40, "siblings": siblings}).encode()
+            listed = [
+                {"type": "file", "path": one, "size": 1, "oid": one} for one in besides | wanted
+            ]
+            repository = {"id": MODEL, "sha": "a" * 40, "siblings": siblings}
+            # which of the two is asked for depends on the version
+            body = json.dumps(listed if "/tree/" in self.path else repository).encode()
             if name:
                 asked.append(name)
                 body = tiny_files.get(name, b"-")

@@ -28,8 +28,8 @@ from aotinductor.build.layer_graphs import (
     export_program,
     make_programs,
     state_dtypes,
-)  # fmt: skip
-from aotinductor.build.symbols import called_symbols, missing_symbols
+)
+from aotinductor.build.symbols import called_symbols, missing_symbols, stripped
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import RUNTIME, compile_native
@@ -60,22 +60,23 @@ def compile_layer_package(
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
         entries = {f"native/{name}": file for name, file in native.items()}
-        calls, lacks = set(), set()
+        calls, lacks = set(), {}
         for name, program in programs.items():
             exported = export_program(program, causal_lm, cache, bounds)
             options = program_options(name, causal_lm, max_autotune)
             with torch_private.linked_with(native[RUNTIME]):
                 files = compile_program(exported, options)
             check_constants(name, exported, files)
-            library = library_of(files)
+            library = stripped(library_of(files), Path(folder, name))
             kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
             entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
             calls.update(called_symbols(library))
-            lacks.update(missing_symbols(library, native[RUNTIME]))
+            if missing := missing_symbols(library, native[RUNTIME]):
+                lacks[name] = sorted(missing)
         # each once: a tied head is the embedding's
         embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
         write_package(path, entries, embedded)
-    runtime = {"calls": sorted(calls), "lacks": sorted(lacks)}
+    runtime = {"calls": sorted(calls), "lacks": lacks}
     return describe_package(causal_lm, cache, programs) | {"runtime": runtime}
 
 

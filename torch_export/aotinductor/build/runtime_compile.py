@@ -20,8 +20,8 @@ from aotinductor.start.loading import (
     Source,
     Wish,
     assemble,
+    choose_library,
     make_state,
-    usual_library,
 )
 from aotinductor.start.opening import Opening
 from common.cli import Console, SamplingFlags
@@ -74,7 +74,9 @@ def open_compiled(
     """Return an engine over a package that this process has just compiled."""
     with open(path, "rb") as file:
         source = Source(file, path, details, embedded)
-        return assemble(wish, target, plan, usual_library(details), source, lambda stage: None)
+        return assemble(
+            wish, target, plan, choose_library("auto", details), source, lambda stage: None
+        )
 
 
 def _torch_compiled(

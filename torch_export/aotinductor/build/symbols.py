@@ -37,3 +37,15 @@ def _dynamic_symbols(library: Path) -> list[tuple[str, bool]]:
         if len(fields) >= 8 and fields[4] == "GLOBAL":
             symbols.append((fields[7], fields[6] != "UND"))
     return symbols
+
+
+def stripped(library: Path, folder: Path) -> Path:
+    """Return a copy in a new folder, without what only a debugger reads.
+
+    The newest torch compiles that in, three quarters of a library. `strip` belongs to binutils, as
+    the linker does.
+    """
+    folder.mkdir()
+    copy = folder / library.name
+    subprocess.run(["strip", "--strip-unneeded", "-o", str(copy), str(library)], check=True)
+    return copy

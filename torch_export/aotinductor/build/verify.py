@@ -19,8 +19,9 @@ from common.errors import ScriptError
 from common.measure.report import logit_errors, logits_document
 from common.model.eager import load_model
 
-# the largest difference of a logit from eager's, as a share of eager's largest logit
-TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+# The largest difference of a logit from eager's, as a share of eager's largest logit. Seen on a
+# CPU: 6e-6, 7e-3 and 4e-2 of random:tiny; 3e-6, 2e-3 and 2e-2 of a real model of 30 layers.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def verify_package(engine: KvEngine | BaseEngine, model, plan: Plan) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,8 +12,8 @@
 namespace llama {
 namespace {
 
-constexpr int64_t kKeys = 64;      // of one block
-constexpr int64_t kQueries = 64;   // of one task: rows of all heads that share a KV head
+constexpr int64_t kKeys = 64;     // of one block
+constexpr int64_t kQueries = 64;  // of one task: rows of all heads that share a KV head
 constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileColumns = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -60,7 +62,16 @@ struct Heads {
   }
 };
 
-// What one thread works on: some queries of the heads that share a KV head, block by block of keys.
+struct Problem {
+  const Heads query, key, value;
+  Tensor &seen, &sums;  // results
+  int64_t heads, group, queries, keys, width;
+  bool causal;
+  float scale;
+};
+
+// What one thread works with: some queries of the heads that share a KV head, as rows, against one
+// block of keys after the other.
 class Task {
  public:
   Task(int64_t rows, int64_t width)
@@ -76,39 +87,57 @@ class Task {
         largest_(padded_rows_),
         sums_(padded_rows_) {}
 
-  void begin() {
+  // Write the results of queries [first, first + count) of each head of the group.
+  void run(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
+    const int64_t rows = problem.group * count;
+    load_queries(problem, batch, kv_head, first, count);
+    const int64_t end = problem.causal ? std::min(problem.keys, first + count) : problem.keys;
+    for (int64_t key = 0; key < end; key += kKeys) {
+      const int64_t key_count = std::min(kKeys, end - key);
+      load_keys(problem, batch, kv_head, key, key_count);
+      std::fill(scores_.begin(), scores_.end(), 0.0f);
+      add_product(queries_.data(), width_, keys_.data(), kKeys, scores_.data(), kKeys,
+                  rounded_up(rows, kTileRows), width_, kKeys);
+      for (int64_t row = 0; row < rows; row++) {
+        const int64_t seen_keys = problem.causal ? first + row % count + 1 - key : key_count;
+        weigh(row, std::clamp<int64_t>(seen_keys, 0, key_count));
+      }
+      add_product(scores_.data(), kKeys, values_.data(), padded_width_, seen_.data(),
+                  padded_width_, rounded_up(rows, kTileRows), key_count, padded_width_);
+    }
+    store(problem, batch, kv_head, first, count);
+  }
+
+ private:
+  void load_queries(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
+                    int64_t count) {
     std::fill(seen_.begin(), seen_.end(), 0.0f);
     std::fill(largest_.begin(), largest_.end(), kMinusInfinity);
     std::fill(sums_.begin(), sums_.end(), 0.0f);
-  }
-
-  float* query(int64_t row) { return &queries_[row * width_]; }
-  float* seen(int64_t row) { return &seen_[row * padded_width_]; }
-  float largest(int64_t row) const { return largest_[row]; }
-  float sum(int64_t row) const { return sums_[row]; }
-
-  void load_keys(const Heads& keys, const Heads& values, int64_t batch, int64_t head, int64_t first,
-                 int64_t count) {
-    for (int64_t key = 0; key < count; key++) {
-      keys.load(batch, head, first + key, row_.data());
-      for (int64_t i = 0; i < width_; i++) keys_[i * kKeys + key] = row_[i];
-      values.load(batch, head, first + key, &values_[key * padded_width_]);
+    for (int64_t row = 0; row < problem.group * count; row++) {
+      float* query = &queries_[row * width_];
+      const int64_t head = kv_head * problem.group + row / count;
+      problem.query.load(batch, head, first + row % count, query);
+      for (int64_t i = 0; i < width_; i++) query[i] *= problem.scale;
     }
   }
 
-  void score(int64_t rows) {
-    std::fill(scores_.begin(), scores_.end(), 0.0f);
-    add_product(queries_.data(), width_, keys_.data(), kKeys, scores_.data(), kKeys,
-                rounded_up(rows, kTileRows), width_, kKeys);
+  void load_keys(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
+                 int64_t count) {
+    for (int64_t key = 0; key < count; key++) {
+      problem.key.load(batch, kv_head, first + key, row_.data());
+      for (int64_t i = 0; i < width_; i++) keys_[i * kKeys + key] = row_[i];
+      problem.value.load(batch, kv_head, first + key, &values_[key * padded_width_]);
+    }
   }
 
-  // Turn the scores of a row into weights of its first `visible` keys, against the largest so far.
-  void weigh(int64_t row, int64_t visible) {
+  // Turn the scores of a row into weights of its first `count` keys, against the largest so far.
+  void weigh(int64_t row, int64_t count) {
     float* scores = &scores_[row * kKeys];
-    std::fill(scores + visible, scores + kKeys, kMinusInfinity);
+    std::fill(scores + count, scores + kKeys, kMinusInfinity);
     const float before = largest_[row];
     const float largest = std::max(before, *std::max_element(scores, scores + kKeys));
-    if (largest == kMinusInfinity) {
+    if (largest == kMinusInfinity) {  // it sees none yet, and infinities have no difference
       std::fill(scores, scores + kKeys, 0.0f);
       return;
     }
@@ -121,24 +150,32 @@ class Task {
     const float kept = std::exp(before - largest);
     sums_[row] = sums_[row] * kept + sum_of(total);
     largest_[row] = largest;
-    float* seen_row = seen(row);
-    for (int64_t i = 0; i < padded_width_; i++) seen_row[i] *= kept;
+    float* seen = &seen_[row * padded_width_];
+    for (int64_t i = 0; i < padded_width_; i++) seen[i] *= kept;
   }
 
-  void look(int64_t rows, int64_t count) {
-    add_product(scores_.data(), kKeys, values_.data(), padded_width_, seen_.data(), padded_width_,
-                rounded_up(rows, kTileRows), count, padded_width_);
+  void store(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
+             int64_t count) {
+    for (int64_t row = 0; row < problem.group * count; row++) {
+      const int64_t head = kv_head * problem.group + row / count;
+      const int64_t position = batch * problem.queries + first + row % count;
+      const int64_t line = position * problem.heads + head;
+      float* seen = &seen_[row * padded_width_];
+      for (int64_t i = 0; i < width_; i++) seen[i] /= sums_[row];
+      char* place = problem.seen.data() + line * width_ * problem.seen.element_bytes();
+      store_floats(seen, width_, place, problem.seen.dtype, 1);
+      reinterpret_cast<float*>(problem.sums.data())[line] = largest_[row] + std::log(sums_[row]);
+    }
   }
 
- private:
   int64_t width_, padded_width_, padded_rows_;
-  std::vector<float> queries_;  // (rows, width), scaled
-  std::vector<float> keys_;     // (width, kKeys)
-  std::vector<float> values_;   // (kKeys, padded width)
-  std::vector<float> row_;
-  std::vector<float> scores_;  // (rows, kKeys)
-  std::vector<float> seen_;    // (rows, padded width)
-  std::vector<float> largest_, sums_;
+  std::vector<float> queries_;        // (rows, width), scaled
+  std::vector<float> keys_;           // (width, kKeys)
+  std::vector<float> values_;         // (kKeys, padded width)
+  std::vector<float> row_;            // (width,)
+  std::vector<float> scores_;         // (rows, kKeys)
+  std::vector<float> seen_;           // (rows, padded width)
+  std::vector<float> largest_, sums_;  // (rows,)
 };
 
 }  // namespace
@@ -163,42 +200,20 @@ std::pair<std::unique_ptr<Tensor>, std::unique_ptr<Tensor>> attend(
   const int64_t group = heads / kv_heads;
   const int64_t positions = std::max<int64_t>(1, kQueries / group);  // of one task
   const int64_t blocks = (n + positions - 1) / positions;
-#pragma omp parallel
-  {
-    Task task(group * positions, width);
-#pragma omp for collapse(3) schedule(dynamic)
-    for (int64_t batch = 0; batch < batches; batch++) {
-      for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-        for (int64_t block = 0; block < blocks; block++) {
-          const int64_t first = block * positions, count = std::min(positions, n - first);
-          task.begin();
-          for (int64_t row = 0; row < group * count; row++) {
-            float* scaled = task.query(row);
-            Heads{query}.load(batch, kv_head * group + row / count, first + row % count, scaled);
-            for (int64_t i = 0; i < width; i++) scaled[i] *= static_cast<float>(scale);
-          }
-          const int64_t end = causal ? std::min(m, first + count) : m;
-          for (int64_t at = 0; at < end; at += kKeys) {
-            const int64_t keys = std::min(kKeys, end - at);
-            task.load_keys({key}, {value}, batch, kv_head, at, keys);
-            task.score(group * count);
-            for (int64_t row = 0; row < group * count; row++) {
-              const int64_t visible = causal ? first + row % count + 1 - at : keys;
-              task.weigh(row, std::clamp<int64_t>(visible, 0, keys));
-            }
-            task.look(group * count, keys);
-          }
-          for (int64_t row = 0; row < group * count; row++) {
-            const int64_t head = kv_head * group + row / count, position = first + row % count;
-            float* values = task.seen(row);
-            for (int64_t i = 0; i < width; i++) values[i] /= task.sum(row);
-            const int64_t line = (batch * n + position) * heads + head;
-            store_floats(values, width, seen->data() + line * width * seen->element_bytes(),
-                         seen->dtype, 1);
-            reinterpret_cast<float*>(sums->data())[line] =
-                task.largest(row) + std::log(task.sum(row));
-          }
-        }
+  const Problem problem{{query}, {key}, {value}, *seen,  *sums,
+                        heads,   group, n,       m,      width,
+                        causal,  static_cast<float>(scale)};
+  const bool worth_threads = 4.0 * batches * heads * n * m * width > kOneThreadOperations;
+  const int threads = worth_threads ? omp_get_max_threads() : 1;
+  std::vector<Task> tasks;
+  for (int thread = 0; thread < threads; thread++) tasks.emplace_back(group * positions, width);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
+  for (int64_t batch = 0; batch < batches; batch++) {
+    for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+      for (int64_t block = 0; block < blocks; block++) {
+        const int64_t first = block * positions;
+        tasks[omp_get_thread_num()].run(problem, batch, kv_head, first,
+                                        std::min(positions, n - first));
       }
     }
   }

@@ -106,6 +106,9 @@ inline void store_floats(const float* from, int64_t count, void* to, int32_t dty
   }
 }
 
+// Less work than this is done before a second thread has begun: some 50 microseconds.
+constexpr double kOneThreadOperations = 4e6;
+
 inline int64_t rounded_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }

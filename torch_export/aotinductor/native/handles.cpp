@@ -98,8 +98,8 @@ std::unique_ptr<Tensor> empty_tensor(int64_t dims, const int64_t* sizes, const i
 
 EXPORTED int32_t aoti_torch_create_tensor_from_blob_v2(
     void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset,
-    int32_t dtype, int32_t device_type, int32_t device_index, Tensor** created, int32_t, const uint8_t*,
-    int64_t) {
+    int32_t dtype, int32_t device_type, int32_t device_index, Tensor** created, int32_t,
+    const uint8_t*, int64_t) {
   return as_error_code("aoti_torch_create_tensor_from_blob_v2", [&] {
     const Device device{device_type, device_index};
     auto tensor = llama::shaped(dims, sizes, strides, offset, dtype, device);

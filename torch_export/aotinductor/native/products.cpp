@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kBlockRows = 48;
 constexpr int64_t kBlockTokens = 48;
 constexpr int64_t kBlockDepth = 1024;
-// Less work than this is done before a second thread has begun (some 50 microseconds).
-constexpr double kOneThreadOperations = 4e6;
 
 struct Floats8 {
   using Element = float;
@@ -44,7 +42,8 @@ inline void add_totals_of_four(const __m512* totals, float* sums) {
                                   _mm512_unpackhi_ps(totals[2], totals[3]));
   const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
                                     _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  const __m256 halves =
+      _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
   _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), four));
 }

@@ -7,7 +7,7 @@
 
 namespace llama {
 
-// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, which is broadcast; null: nothing.
+// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, broadcast, or null for nothing.
 //
 // Throws where shapes or dtypes don't fit. Any strides; fastest where both are contiguous along k,
 // as hidden rows and a checkpoint's weights are.

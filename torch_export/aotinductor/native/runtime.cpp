@@ -29,8 +29,9 @@ void copy_memory(void* to, const void* from, int64_t bytes, Device) {
 }  // namespace llama
 
 EXPORTED int32_t aoti_torch_cpu_mm_out(Tensor* out, Tensor* left, Tensor* right) {
-  return as_error_code("aoti_torch_cpu_mm_out",
-                       [&] { multiply(checked(out), checked(left), checked(right), nullptr, 0, 1); });
+  return as_error_code("aoti_torch_cpu_mm_out", [&] {
+    multiply(checked(out), checked(left), checked(right), nullptr, 0, 1);
+  });
 }
 
 EXPORTED int32_t aoti_torch_cpu_addmm_out(Tensor* out, Tensor* added, Tensor* left, Tensor* right,
@@ -45,8 +46,10 @@ EXPORTED int32_t aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
     double* scale, Tensor** seen, Tensor** sums) {
   return as_error_code("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu", [&] {
     require(dropout == 0 && mask == nullptr, "attention takes no mask and no dropout here");
-    const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(checked(query).sizes[3]));
-    auto results = attend(checked(query), checked(key), checked(value), causal != 0, factor);
+    require(checked(query).dims == 4, "attention takes 4 dimensions");
+    const double usual = 1 / std::sqrt(static_cast<double>(query->sizes[3]));
+    auto results = attend(*query, checked(key), checked(value), causal != 0,
+                          scale != nullptr ? *scale : usual);
     *seen = results.first.release();
     *sums = results.second.release();
   });

@@ -1,4 +1,4 @@
-// One native call for a whole step: the handles of each program's inputs, and the programs in order.
+// A whole step as one native call: the handles of each program's inputs, the programs in order.
 //
 // Every function of torch's C interface comes in as a pointer, so that one library serves over
 // libtorch and over the runtime library.

@@ -18,10 +18,10 @@ from aotinductor.start import c_interface
 from aotinductor.start.kv_engine import KvEngine, State
 from aotinductor.start.memory import Memory, make_memory
 from aotinductor.start.package import OPENMP, RUNTIME, STEPS, WEIGHTS, Package
-from aotinductor.start.steps import PackageSteps, names_of_weights
+from aotinductor.start.steps import DECODE, PackageSteps, names_of_weights
 from common import machine
 from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
-from common.artifact.manifest import Manifest, describe, differences, raise_if_different
+from common.artifact.manifest import describe, differences, raise_if_different
 from common.cli import Console
 from common.errors import (
     ArtifactDamagedError,
@@ -62,7 +62,7 @@ def load_engine(
     pair = wish.pair
     with open_verified(pair, APPROACH, wish.trust, console) as verified:
         built = verified.manifest
-        library = choose_library(wish.library, built)
+        library = choose_library(wish.library, built.details)
         if library == LIBTORCH:
             c_interface.find_torch()
         raise_if_different(pair.path, find_differences(built, target, library))
@@ -106,20 +106,22 @@ def make_state(details: dict[str, Any], cache: CacheShape, target: Target) -> tu
     return State.make(memory, cache, layers, details["dtypes"], hidden, vocab), memory
 
 
-def usual_library(details: dict[str, Any]) -> str:
-    """Return what stands behind the programs' calls if nobody asks: runtime, where it has all."""
-    # none listed: the base graph, which is linked for torch's own loader
-    return RUNTIME_LIBRARY if details.get("runtime", {}).get("lacks") == [] else LIBTORCH
+def choose_library(wanted: str, details: dict[str, Any]) -> str:
+    """Return what stands behind the programs' calls: runtime or libtorch.
 
-
-def choose_library(wanted: str, built: Manifest) -> str:
-    """Return what stands behind the programs' calls, runtime or libtorch."""
-    usual = usual_library(built.details)
+    Left the choice, the runtime library, where it has all that is called or no torch is installed.
+    """
+    if "runtime" not in details:  # the base graph, which is linked for torch's own loader
+        possible, lacks = False, {}
+    else:
+        lacks = details["runtime"]["lacks"]
+        possible = not any(lacks.get(program) for program in DECODE)
     if wanted == "auto":
-        return usual
-    if wanted == RUNTIME_LIBRARY and usual != RUNTIME_LIBRARY:
-        lacks = built.details.get("runtime", {}).get("lacks")
-        calls = f"its programs call {', '.join(lacks)}" if lacks else "it holds the base graph"
+        alone = possible and (not lacks or machine.torch_folder() is None)
+        return RUNTIME_LIBRARY if alone else LIBTORCH
+    if wanted == RUNTIME_LIBRARY and not possible:
+        names = sorted({name for program in DECODE for name in lacks.get(program, ())})
+        calls = f"its programs call {', '.join(names)}" if names else "it holds the base graph"
         raise UsageError(f"--library runtime: this package starts over libtorch, for {calls}")
     return wanted
 
@@ -172,7 +174,9 @@ class _Assembly:
             )
         upload = weights.start_upload({name: stored[name] for name in names}, device, dtype)
         state, memory = make_state(details, cache, self.target)
-        opened, kernels = self._open(list(programs))
+        lacks = details["runtime"]["lacks"] if self.library == RUNTIME_LIBRARY else {}
+        # what is called in vain is not opened: without prefill a prompt goes through decode
+        opened, kernels = self._open([name for name in programs if not lacks.get(name)])
         steps = PackageSteps(opened, programs, upload.tensors, state, memory, self._libraries)
         steps.rotate_with(**details["rope"])
         # rows of it are looked up on the host, also where the table itself is on a GPU

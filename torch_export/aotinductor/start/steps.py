@@ -9,7 +9,7 @@ from aotinductor.start.memory import GpuMemory, Memory
 from common.model.stored import item_bytes
 from common.model.weights import Tensor, converted
 
-_PREFILL, _DECODE = ("prefill_layer", "prefill_head"), ("decode_layer", "decode_head")
+PREFILL, DECODE = ("prefill_layer", "prefill_head"), ("decode_layer", "decode_head")
 
 
 def names_of_weights(programs: Mapping[str, Sequence[str]], layers: int) -> list[str]:
@@ -59,10 +59,10 @@ class PackageSteps:
                 made.append((programs[program], own))
             return Step(*libraries, memory.device, made)
 
-        self.takes_prompts = _PREFILL[0] in programs
-        self._decode = calls(*_DECODE, self._tables)
+        self.takes_prompts = all(name in programs for name in PREFILL)
+        self._decode = calls(*DECODE, self._tables)
         if self.takes_prompts:
-            self._prefill = calls(*_PREFILL, Shape(state.keys[0].shape))
+            self._prefill = calls(*PREFILL, Shape(state.keys[0].shape))
 
     def rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
         """Write the rotations of every slot: once, and not in every layer and step."""

@@ -32,7 +32,6 @@ _NO_TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
     **dict.fromkeys(_PARTS), "model": {"type": "BPE", "vocab": {}, "merges": []},
 }  # fmt: skip
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # transformers' clean_up_tokenization, in its order
 _CLEANED = {
     " .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m",
@@ -99,14 +98,18 @@ class TextCodec:
         """Ids of single bytes, if the tokenizer falls back to them: `<0xC3>`."""
         if "ByteFallback" not in repr(self.tokenizer.decoder):
             return frozenset()
-        vocabulary = self.tokenizer.get_vocab()
-        return frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        ids = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(one for one in ids if one is not None)
 
     @cached_property
-    def silent_ids(self) -> frozenset[int]:
-        """Ids that decoding skips."""
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens."""
         added = self.tokenizer.get_added_tokens_decoder()
         return frozenset(one for one, token in added.items() if token.special)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Say whether decoding skips it: a special token, or one that only the model knows."""
+        return token_id in self.special_ids or self.tokenizer.id_to_token(token_id) is None
 
     def synthetic_prompt(self, length: int, seed: int) -> list[int]:
         """Return `length` seeded random token ids, none of them special."""
@@ -114,7 +117,7 @@ class TextCodec:
         ordinary = min(ordinary, self.vocab_size)
         generator, ids = random.Random(seed), []
         while len(ids) < length:
-            if (one := generator.randrange(ordinary)) not in self.silent_ids:
+            if (one := generator.randrange(ordinary)) not in self.special_ids:
                 ids.append(one)
         return ids
 
@@ -137,7 +140,7 @@ class TextStream:
         self._ids.append(token_id)
         if token_id in self._codec.byte_ids:
             self._in_bytes = True
-        elif token_id not in self._codec.silent_ids:
+        elif not self._codec.is_silent(token_id):
             self._in_bytes = False
         if self._in_bytes:
             return ""  # one more that is no UTF-8 spoils a whole run of bytes
