@@ -17,7 +17,7 @@ LENGTHS = (1, 7, 8, 9, 129, 1000)
 def serving(kv_package, presets_folder, tmp_path_factory):
     """A folder that has what travels, and an environment made from requirements-serve.txt alone."""
     place = tmp_path_factory.mktemp("serving")
-    ignored = shutil.ignore_patterns("artifacts", "tests", "results", "__pycache__", "build")
+    ignored = shutil.ignore_patterns("artifacts", "tests", "results", "__pycache__")
     shutil.copytree(FOLDER, place / "torch_export", ignore=ignored)
     for path in (kv_package, kv_package.with_name("kv_meta.json")):
         shutil.copy(path, place)

@@ -30,7 +30,7 @@ _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 # have opened libtorch, whose functions must not meet the runtime library's handles
 _OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
 # what the dynamic loader says of a file that is at fault itself, not what it needs
-_NO_LIBRARY = ("ELF", "file too short", "undefined symbol")
+_NO_LIBRARY = ("ELF", "file too short", "cannot read file data", "undefined symbol")
 _LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
 _LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
