@@ -162,13 +162,6 @@ def test_a_checkpoint_without_a_tensor_is_refused(kv_package, shared_folders, tm
     assert "1 missing, model.norm.weight" in done.stderr.splitlines()[-1]
 
 
-def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):
-    flags = [*SHORT, f"--model-id={other_checkpoint}", f"--package-path={kv_package}"]
-    done = run_script(RUN, *flags)
-    assert done.status == 4
-    assert "layer_digest: built with" in done.stderr
-
-
 def test_embedded_weights_are_used_where_they_lie(halved, other_checkpoint, tmp_path):
     pairing = Pairing(halved, other_checkpoint)
     weight_bytes = pairing.weight_bytes // 2  # they are stored in float32
@@ -199,6 +192,13 @@ def test_bfloat16_leaves_eagers_choice_at_near_ties_alone(halved, other_checkpoi
             behind = (logits.max(-1).values - chosen) / logits.std(-1)
             assert behind.max() <= 0.15, library
             assert (behind == 0).float().mean() >= 0.8, library
+
+
+def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):
+    flags = [*SHORT, f"--model-id={other_checkpoint}", f"--package-path={kv_package}"]
+    done = run_script(RUN, *flags)
+    assert done.status == 4
+    assert "layer_digest: built with" in done.stderr
 
 
 @pytest.mark.parametrize(
