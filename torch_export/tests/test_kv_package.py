@@ -188,7 +188,7 @@ def test_bfloat16_leaves_eagers_choice_at_near_ties_alone(halved, other_checkpoi
             assert len(tokens) == NEW_TOKENS
             logits = pairing.eager_logits(prompt.token_ids, tokens)
             chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            # in standard deviations of the logits; the tenth best is 0.3 to 1 behind the best
+            # in standard deviations of the logits: the second is 0.2 to 0.3 behind on average
             behind = (logits.max(-1).values - chosen) / logits.std(-1)
             assert behind.max() <= 0.15, library
             assert (behind == 0).float().mean() >= 0.8, library
