@@ -12,6 +12,7 @@ from common.compiler import toolchain
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.measure import report, trials
 from common.measure.compare import Subject, compare
+from common.measure.measures import Stages, process_start
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 
@@ -27,15 +28,60 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     toolchain.open_driver(settings.shared.device)
     with trials.private_compiler_caches():
-        # imported late: --help answers without torch, and bad flags without its seconds
-        from common.measure.requests import print_run
-        from portable_cache.serving import run
-
         document = run(settings, console)
     report.write_json(document, settings.shared.json)
-    print_run(document, console)
     if settings.loading.require_hit and document["misses"]:
         raise ArtifactMismatchError("not everything hit: " + " | ".join(document["misses"]))
+
+
+def run(settings: RunSettings, console: Console) -> dict:
+    """Open the model, serve every request, and return the run's result."""
+    # imported here: --help answers without torch, and bad flags without its seconds
+    from common.measure import requests
+    from common.model.target import choose_target
+    from common.model.tokenizer import load_codec, prompts_of
+    from portable_cache.start.opening import open_model
+
+    stages, loading = Stages(process_start()), settings.loading
+    stages.close("imports")
+    target = choose_target(settings.shared, console)
+    pair = settings.files.pair()
+    opened = open_model(target, pair, settings.wanted(), console, stages.close)
+    codec = load_codec(target.checkpoint.folder)
+    prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
+    buckets = loading.buckets(opened.flags)
+
+    def padded(prompt: list[int]) -> int:
+        return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
+
+    generate = prepare_requests(settings, target.checkpoint, opened, prompts, padded)
+    stages.close("compile")
+    compiler = opened.compiler
+    document = requests.serve_requests(
+        APPROACH, loading.mode, settings, target, codec, prompts, generate, stages,
+        compiler and compiler.watch, console,
+    )  # fmt: skip
+    document["output"]["padded_tokens"] = padded(prompts[0])
+    nothing = {"artifact": None, "graphs": [], "misses": []}
+    may_trace = loading.precompile is False
+    document |= compiler.describe(document["compile"], may_trace) if compiler else nothing
+    requests.print_run(document, console)
+    return document
+
+
+def prepare_requests(settings: RunSettings, checkpoint, opened, prompts, padded):
+    """Return how a prompt is served, over one KV cache that holds the longest."""
+    from portable_cache.start import generation
+
+    choices, new_tokens = {}, settings.prompt.max_new_tokens
+    if not settings.prompt.ignore_eos:
+        choices["eos_token_id"] = list(checkpoint.eos_token_ids) or None
+    if settings.sampling.temperature:
+        choices |= {"do_sample": True, **vars(settings.sampling)}
+    flags = opened.flags if opened.compiler else None
+    generation.configure_generation(opened.model, flags, new_tokens, **choices)
+    cache = opened.make_cache(max(map(padded, prompts)) + new_tokens)
+    return generation.make_generate(opened.model, cache, settings.shared.seed, padded)
 
 
 if __name__ == "__main__":

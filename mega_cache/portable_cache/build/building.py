@@ -1,9 +1,10 @@
-"""One build, top to bottom: warm up every cache length, save, verify, publish."""
+"""One build, top to bottom: compile the decode step, warm up every cache length, save, verify."""
 
+import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -18,9 +19,11 @@ from common.measure.measures import Stages, process_start
 from common.model import weights
 from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec
-from portable_cache import attention, bundle, decode_ahead, generation, hits, verification
+from portable_cache import torch_private
+from portable_cache.build import export_step, saving, verify
 from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
 from portable_cache.recipe import recipe
+from portable_cache.start import attention, bundle, decode_step, generation, hits
 
 _VERIFY_TOKENS = 8
 
@@ -35,65 +38,79 @@ class Builder:
     codec: TextCodec
     model: PreTrainedModel  # to compile
     eager: PreTrainedModel  # transformers' own, over the same weights
+    shortcomings: list[str] = field(default_factory=list)  # what was asked for and is not there
 
     def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
         """Raise ScriptError unless eager would have gone on like this."""
-        margin = verification.largest_margin(self.eager, prompt, token_ids)
+        margin = verify.largest_margin(self.eager, prompt, token_ids)
         what = f"a KV cache of {slots} slots"
-        verification.check_margin(what, margin, self.target.dtype_name)
+        verify.check_margin(what, margin, self.target.dtype_name)
 
 
 def build(settings: BuildSettings, console: Console) -> dict:
     """Warm up, write the artifact and its metadata, and return the build's result."""
-    stages = Stages(process_start())
+    stages, flags = Stages(process_start()), settings.compilation
     stages.close("imports")
+    if untested := torch_private.beyond_tested():
+        console.warn(untested)
     bundle.check_caches_are_on()
-    bundle.configure()
-    bundle.watch()
     target = choose_target(settings.shared, console)
-    toolchain.prepare_toolchain(target.device, host_code=False, console=console)
+    bundle.configure(target.device)
+    # the decode step's host code is C++ on CUDA too
+    toolchain.prepare_toolchain(target.device, settings.build.precompile, console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
-    folder = target.checkpoint.folder
-    stored = weights.list_checkpoint(folder)
-    tensors = weights.start_upload(stored, target.device, target.dtype).wait()
-    model = generation.make_model(target, tensors, attention.NAME)
-    eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
-    builder = Builder(settings, console, target, load_codec(folder), model, eager)
+    builder = make_builder(settings, target, console)
     stages.close("weights")
-    warmed, steps, ahead = [], {}, settings.build.precompile
-    for slots, length in settings.compilation.cache_lengths().items():
-        generation.forget_compiled_state(model)
-        cache = generation.make_cache(model, slots)
+    step = compile_ahead(builder) if settings.build.precompile else None
+    stages.close("export")
+    # from here on: the step's own kernels are in its library
+    saving.watch()
+    warmed = []
+    for slots, length in flags.cache_lengths().items():
+        torch_private.forget_compiled_state(builder.model)
+        cache = generation.make_cache(builder.model, slots)
         warmed.append(warm_up(builder, cache, slots, length))
-        if ahead and (step := compile_ahead(builder, cache)):
-            steps[slots] = step
-        ahead = slots in steps
-    saved = bundle.save_bundle({slots: step.content for slots, step in steps.items()})
+    saved = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
         schema=SCHEMA,
         approach=APPROACH,
         model=target.describe_model(),
         environment=report.environment(),
-        recipe=recipe(settings.compilation, target.device),
+        recipe=recipe(flags, target.device),
         file={},  # known once it is written
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
             "entries": saved.entries,
-            "decode_steps": {str(slots): step.contract for slots, step in steps.items()},
+            "decode_step": step.contract if step else None,
             "graphs": [asdict(lookup) for lookup in lookups],
             "verified": settings.build.verify,
         },
     )
     if settings.build.verify:
-        verify(builder, manifest, saved.blob)
+        verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
     written = asdict(write_artifact(settings.files.pair(), manifest, saved.blob))
     del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **written}
+    shortcomings = [*builder.shortcomings, *torch_private.lost]
+    return {
+        "kind": "build", "command": sys.argv, "stages": stages.seconds,
+        "shortcomings": shortcomings, **written,
+    }  # fmt: skip
+
+
+def make_builder(settings: BuildSettings, target: Target, console: Console) -> Builder:
+    """Return the model twice over the same weights, to compile and as it is, and its tokenizer."""
+    folder = target.checkpoint.folder
+    stored = weights.list_checkpoint(folder)
+    tensors = weights.start_upload(stored, target.device, target.dtype).wait()
+    model = generation.make_model(target, tensors, attention.NAME)
+    generation.make_cache(model, 2)  # refused now, not after a compile
+    eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
+    return Builder(settings, console, target, load_codec(folder), model, eager)
 
 
 def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
@@ -117,21 +134,23 @@ def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     return {"slots": slots, "prompt": length, "seconds": seconds, **compiled}
 
 
-def compile_ahead(builder: Builder, cache: Cache) -> decode_ahead.SavedStep | None:
-    """Compile the decode step for this cache ahead of time, where this stack can."""
-    generation.forget_compiled_state(builder.model)
+def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
+    """Compile the decode step for every cache length ahead of time, where this stack can."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    began = time.monotonic()
     try:
-        mode = builder.settings.compilation.compile_mode
-        return decode_ahead.export(builder.model, cache, mode)
-    except decode_ahead.FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        builder.console.warn(f"no decode step compiled ahead, runs will trace: {reason[0]}")
+        with torch_private.fresh_entries():
+            step = export_step.export_step(builder.model, builder.settings.compilation, folder)
+    except errors.ScriptError as error:
+        builder.shortcomings.append(f"no decode step compiled ahead, runs will trace: {error}")
         return None
+    builder.console.say(f"  decode step compiled ahead in {time.monotonic() - began:.1f} s")
+    return step
 
 
-def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
+def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
     """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
-    shared = builder.settings.shared
+    shared, step = builder.settings.shared, manifest.details["decode_step"]
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         files = CacheFileFlags(Path(folder, "cache.bin"))
         write_artifact(files.pair(), manifest, blob)
@@ -139,14 +158,13 @@ def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
             f"--model-id={shared.model_id}", f"--device={shared.device}", f"--dtype={shared.dtype}",
             f"--seed={shared.seed}", f"--cache-path={files.cache_path}", "--trust-artifact",
             "--load-artifacts", "--require-hit", "--ignore-eos",
+            "--precompile" if step else "--no-precompile",
         ]  # fmt: skip
         lengths = builder.settings.compilation.cache_lengths()
         for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
             prompt = builder.codec.synthetic_prompt(slots - new_tokens, shared.seed)
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
-            if str(slots) in manifest.details["decode_steps"]:
-                own.append("--precompile")
             outcome = trials.run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
                 raise errors.ScriptError(f"the artifact does not hit: {outcome.error}")
