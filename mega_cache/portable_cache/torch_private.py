@@ -95,11 +95,11 @@ NAMES = {
         _DOCUMENTED,
         ("package_path", "inductor_configs"),
     ),
-    "load_package": Name(
-        "torch._inductor.aoti_load_package",
-        "loading that library; `loader`, for no look at a tree of inputs at each token",
-        _DOCUMENTED,
-        ("path", "run_single_threaded"),
+    "PackageLoader": Name(
+        "torch._C._aoti.AOTIModelPackageLoader",
+        "loading that library, and running it on a list",
+        "an aoti_load_package() that runs no g++ (2.14 does, to ask for the processor) and doesn't "
+        "parse the tree of inputs at each call (2.9 does)",
     ),
     # --- what happened ------------------------------------------------------------------------
     "look_up_autograd": Name(

@@ -82,17 +82,14 @@ def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutp
     with tempfile.TemporaryDirectory(prefix="llama-step-") as folder:
         path = Path(folder, "step.pt2")
         path.write_bytes(saved.package)
-        # one thread at a time: what a CUDA graph can capture
-        package = torch_private.load_package(str(path), run_single_threaded=True)
+        loader = _open_package(path, model.device)
     own = weights_of(model) | {
         name: torch.tensor(values, dtype=getattr(torch, dtype), device=model.device)
         for name, (dtype, values) in contract["constants"].items()
     }
-    names = package.get_constant_fqns()
-    package.load_constants(
-        {name: own[name] for name in names}, check_full_update=True, user_managed=True
-    )
-    loader = package.loader
+    bound = {name: own[name] for name in loader.get_constant_fqns()}
+    # at once, all of them, and not copied
+    loader.load_constants(bound, False, True, True)
     graphs: weakref.WeakKeyDictionary[Cache, GraphedStep] = weakref.WeakKeyDictionary()
 
     def run(tensors: list[Tensor]) -> Tensor:
@@ -110,8 +107,14 @@ def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutp
             logits = graphs[cache](inputs)
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
-    decode.weights = own  # the library holds their addresses only
+    decode.weights = bound  # the library holds their addresses only
     return decode
+
+
+def _open_package(path: Path, device: torch.device) -> Any:
+    index = device.index if device.type == "cuda" else -1
+    # of the one model in it; without locks, which no CUDA graph can capture; one instance
+    return torch_private.PackageLoader(str(path), "model", True, 1, index)
 
 
 # ---- the contract --------------------------------------------------------------------------
