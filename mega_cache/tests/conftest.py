@@ -106,7 +106,7 @@ def eager_tokens(presets_folder):
     from common.model.checkpoint import resolve_checkpoint
     from common.model.target import Target, load_model
     from common.model.tokenizer import load_codec
-    from portable_cache import generation
+    from portable_cache.start import generation
 
     checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))
     target = Target(checkpoint, torch.device("cpu"), torch.float32)
