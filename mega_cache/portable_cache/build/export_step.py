@@ -92,7 +92,6 @@ def capture_call(model: PreTrainedModel, flags: CompileFlags, slots: int) -> Dec
 def _compile(
     model: PreTrainedModel, call: DecodeCall, slots: int, mode: str, folder: Path
 ) -> SavedStep:
-    inputs, state = list(tensors_in(call.arguments)), state_of(call.cache)
     options = dict(torch_private.list_mode_options(mode))
     # a CUDA graph is captured around the whole step, at the start
     cudagraphs = options.pop("triton.cudagraphs", False) and model.device.type == "cuda"
@@ -102,14 +101,7 @@ def _compile(
         "cudagraphs": cudagraphs,
         "processor": sorted(cpu_features()),
     }
-    length = torch.export.Dim("slots", min=2, max=2**20)
-    shapes = [{i: length for i, n in enumerate(one.shape) if n == slots} for one in inputs]
-    shapes += [{2: length} if one.dim() == 4 else {} for one in state]  # K or V, or a count
-    known = decode_step.weights_of(model)
-    # non-strict: the step's Python runs as it is, and Dynamo is not asked
-    program = torch.export.export(
-        DecodeStep(model, call), (inputs + state,), dynamic_shapes=[shapes], strict=False
-    )
+    program, known = export(model, call, slots), decode_step.weights_of(model)
     constants = {n: t for n, t in program.constants.items() if n not in known}
     if large := [name for name, t in constants.items() if t.numel() > _LARGEST_CONSTANT]:
         raise ScriptError(f"the model makes a large constant while it runs: {large[0]}")
@@ -123,6 +115,21 @@ def _compile(
         inductor_configs=options | {"aot_inductor.package_constants_in_so": False},
     )
     return SavedStep(Path(path).read_bytes(), contract)
+
+
+def export(model: PreTrainedModel, call: DecodeCall, slots: int) -> torch.export.ExportedProgram:
+    """Return the program of a decode call, its inputs a list; KV caches may have any length.
+
+    The call's KV cache can't be used afterwards.
+    """
+    inputs, state = list(tensors_in(call.arguments)), state_of(call.cache)
+    length = torch.export.Dim("slots", min=2, max=2**20)
+    shapes = [{i: length for i, n in enumerate(one.shape) if n == slots} for one in inputs]
+    shapes += [{2: length} if one.dim() == 4 else {} for one in state]  # K or V, or a count
+    # non-strict: the step's Python runs as it is, and Dynamo is not asked
+    return torch.export.export(
+        DecodeStep(model, call), (inputs + state,), dynamic_shapes=[shapes], strict=False
+    )
 
 
 def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:

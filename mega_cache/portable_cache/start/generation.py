@@ -116,17 +116,21 @@ def make_cache(model: PreTrainedModel, slots: int) -> Cache:
 
     Prefill is never compiled, so that CUDA graphs find addresses that stay. Layers with a sliding
     window keep all slots: transformers' own layer for them counts tokens in Python, and would be
-    traced anew at each. Raises UsageError for a model that keeps something else than K and V.
+    traced anew at each. Raises UsageError for a model that attends or remembers in another way.
     """
     config = model.config.get_text_config(decoder=True)
     cache = transformers.StaticCache(config=config, max_cache_len=slots)
-    kinds = {type(layer) for layer in cache.layers}
-    other = kinds - {StaticLayer, StaticSlidingWindowLayer}
-    if other or getattr(config, "attention_chunk_size", None):
-        named = ", ".join(kind.__name__ for kind in other) or "attention in chunks"
+    other = {type(layer) for layer in cache.layers} - {StaticLayer, StaticSlidingWindowLayer}
+    reasons = {
+        "no attention heads": not hasattr(config, "num_attention_heads"),
+        "soft-capped attention": getattr(config, "attn_logit_softcapping", None),
+        "attention in chunks": getattr(config, "attention_chunk_size", None),
+        ", ".join(sorted(kind.__name__ for kind in other)): other,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
         raise UsageError(
-            f"{type(model).__name__} has {named}, which no static KV cache here serves: run it "
-            "with --eager"
+            f"{type(model).__name__} has {found[0]}, which is not served from a static KV cache "
+            "here: run it with --eager"
         )
     cache.layers = [StaticLayer(max_cache_len=slots) for _ in cache.layers]
     return cache
