@@ -204,7 +204,7 @@ def _owner_of(short: str) -> tuple[Any, str]:
     path, use, _, parameters = NAMES[short]
     first, *parts = path.split(".")
     try:
-        found = importlib.import_module(first)
+        owner = found = importlib.import_module(first)
         for index, part in enumerate(parts):
             owner = found
             if not hasattr(owner, part):
