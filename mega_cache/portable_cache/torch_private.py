@@ -179,6 +179,29 @@ NAMES = {
     ),
 }
 
+_COUNTED = "public counters of what was compiled and tuned"
+# what common/compiler reads and replaces itself: counts.py, and the last three toolchain.py
+IN_COMMON = (
+    Name("torch._dynamo.utils.counters", "graphs, hits and misses", _COUNTED),
+    Name("torch._dynamo.utils.get_compilation_metrics", "recompiles", _COUNTED),
+    Name("torch._dynamo.utils.compilation_time_metrics", "kernels tuned", _COUNTED),
+    Name("torch._inductor.async_compile.AsyncCompile.process_pool", "pools of workers", _COUNTED),
+    Name("torch._inductor.triton_bundler.TritonBundler.read_and_emit", "cubins restored", _COUNTED),
+    Name("torch._inductor.runtime.cache_dir_utils.cache_dir", "C++ kernels compiled", _ASKED),
+    Name("torch._inductor.runtime.cache_dir_utils.triton_cache_dir", "cubins compiled", _ASKED),
+    Name("torch._inductor.config.cpp_cache_precompile_headers", "whether openssl is run", _SETTING),
+    Name(
+        "torch._inductor.select_algorithm.AlgorithmSelectorCache.log_results",
+        "a line in place of tables of tuning",
+        "a setting for them that is in no cache's key",
+    ),
+    Name(
+        "torch._inductor.select_algorithm._log_autotune_choices_stats",
+        "the same",
+        "a setting for them that is in no cache's key",
+    ),
+)
+
 lost: list[str] = []  # a line for each thing that this process goes without
 
 
@@ -189,19 +212,19 @@ class MissingNameError(EnvironmentProblemError, AttributeError):
 def __getattr__(short: str) -> Any:
     if short not in NAMES:  # Python itself asks for some
         raise AttributeError(f"{short} is none of NAMES")
-    owner, attribute = _owner_of(short)
+    owner, attribute = owner_of(NAMES[short])
     return getattr(owner, attribute)
 
 
 def replace(short: str, value: Any) -> None:
     """Put `value` in the place of a function or class of the stack, for this process."""
-    setattr(*_owner_of(short), value)
+    setattr(*owner_of(NAMES[short]), value)
 
 
 @functools.cache
-def _owner_of(short: str) -> tuple[Any, str]:
+def owner_of(name: Name) -> tuple[Any, str]:
     """Return what the name belongs to and its last part; both are there and as we know them."""
-    path, use, _, parameters = NAMES[short]
+    path, use, _, parameters = name
     first, *parts = path.split(".")
     try:
         owner = found = importlib.import_module(first)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import FOLDER
 
 from portable_cache import torch_private
@@ -80,13 +81,14 @@ def test_a_private_name_is_found_in_any_form(line, tmp_path):
     assert len(private_names(file)) == 1
 
 
-@pytest.mark.parametrize("short", torch_private.NAMES)
-def test_a_private_name_is_on_this_stack_as_the_table_says(short):
-    import torch
+NAMES = (*torch_private.NAMES.values(), *torch_private.IN_COMMON)
 
-    if short == "triton_driver" and not torch.cuda.is_available():
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path)
+def test_a_private_name_is_on_this_stack_as_the_table_says(name):
+    if name.path.startswith("triton.") and not torch.cuda.is_available():
         pytest.skip("Triton is asked on CUDA only")
-    getattr(torch_private, short)  # or it raises
+    torch_private.owner_of(name)  # or it raises
 
 
 def test_every_name_of_the_table_is_used():
