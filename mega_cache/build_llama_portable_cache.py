@@ -29,9 +29,12 @@ def main(argv: Sequence[str]) -> None:
     with trials.private_compiler_caches(), disk.building(pair, console):
         disk.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
+        from common.model.target import choose_target
         from portable_cache.build.building import build
 
-        document = build(settings, console)
+        target = choose_target(settings.shared, console)
+        flags, seed = settings.compilation, settings.shared.seed
+        document = build(target, flags, pair, settings.build, seed, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
     store.publish(pair, settings.store.publish, APPROACH, console)

@@ -5,7 +5,8 @@
 ./compare.sh --model-id random:tiny   load against skip, in fresh processes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
 from common.compiler import toolchain
@@ -14,6 +15,11 @@ from common.measure import report, trials
 from common.measure.compare import Subject, compare
 from common.measure.measures import Stages, process_start
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
+
+if TYPE_CHECKING:
+    from common.model.checkpoint import Checkpoint
+    from portable_cache.start.generation import Generate
+    from portable_cache.start.opening import Opened
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +75,10 @@ def run(settings: RunSettings, console: Console) -> dict:
     return document
 
 
-def prepare_requests(settings: RunSettings, checkpoint, opened, prompts, padded):
+def prepare_requests(
+    settings: RunSettings, checkpoint: "Checkpoint", opened: "Opened",
+    prompts: list[list[int]], padded: Callable[[list[int]], int],
+) -> "Generate":  # fmt: skip
     """Return how a prompt is served, over one KV cache that holds the longest."""
     from portable_cache.start import generation
 

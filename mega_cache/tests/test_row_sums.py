@@ -31,10 +31,8 @@ def test_a_row_gives_the_numbers_of_float32_rounded(dtype, bias, monkeypatch, tm
     expected = model.float()(x.float())
     model = model.to(dtype)
     eager_error = (model(x).float() - expected).abs().max()
-    config = torch_private.config
-    monkeypatch.setattr(config, "post_grad_custom_pre_pass", RowSums())
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), torch_private.config.patch(post_grad_custom_pre_pass=RowSums()):
         compiled = torch.compile(model, fullgraph=True)
         found, (code,) = torch._inductor.utils.run_and_get_code(compiled, x)
     assert found.dtype == dtype
@@ -44,9 +42,8 @@ def test_a_row_gives_the_numbers_of_float32_rounded(dtype, bias, monkeypatch, tm
 
 def test_products_of_several_rows_stay_the_librarys(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch_private.config, "post_grad_custom_pre_pass", RowSums())
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), torch_private.config.patch(post_grad_custom_pre_pass=RowSums()):
         compiled = torch.compile(Mlp(False), fullgraph=True)
         _, (code,) = torch._inductor.utils.run_and_get_code(compiled, torch.randn(1, 2, 96))
     assert code.count("mm(") == 3

@@ -17,11 +17,11 @@ from common.compiler import counts, toolchain
 from common.measure import report, trials
 from common.measure.measures import Stages, process_start
 from common.model import weights
-from common.model.target import Target, choose_target
+from common.model.target import Target
 from common.model.tokenizer import TextCodec, load_codec
 from portable_cache import torch_private
 from portable_cache.build import export_step, saving, verify
-from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
+from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildFlags, CacheFileFlags, CompileFlags
 from portable_cache.recipe import recipe
 from portable_cache.start import attention, bundle, decode_step, generation, hits
 
@@ -32,9 +32,10 @@ _VERIFY_TOKENS = 8
 class Builder:
     """What warm-up and verification work with."""
 
-    settings: BuildSettings
-    console: Console
     target: Target
+    flags: CompileFlags
+    seed: int  # of prompts
+    console: Console
     codec: TextCodec
     model: PreTrainedModel  # to compile
     eager: PreTrainedModel  # transformers' own, over the same weights
@@ -47,23 +48,25 @@ class Builder:
         verify.check_margin(what, margin, self.target.dtype_name)
 
 
-def build(settings: BuildSettings, console: Console) -> dict:
+def build(
+    target: Target, flags: CompileFlags, pair: ArtifactPair, what: BuildFlags, seed: int,
+    console: Console,
+) -> dict:  # fmt: skip
     """Warm up, write the artifact and its metadata, and return the build's result."""
-    stages, flags = Stages(process_start()), settings.compilation
+    stages = Stages(process_start())
     stages.close("imports")
     if untested := torch_private.beyond_tested():
         console.warn(untested)
     bundle.check_caches_are_on()
-    target = choose_target(settings.shared, console)
     bundle.configure(target.device)
     # the decode step's host code is C++ on CUDA too
-    toolchain.prepare_toolchain(target.device, settings.build.precompile, console)
+    toolchain.prepare_toolchain(target.device, what.precompile, console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
-    builder = make_builder(settings, target, console)
+    builder = make_builder(target, flags, seed, console)
     stages.close("weights")
-    step = compile_ahead(builder) if settings.build.precompile else None
+    step = compile_ahead(builder) if what.precompile else None
     stages.close("export")
     # from here on: the step's own kernels are in its library
     saving.watch()
@@ -87,13 +90,13 @@ def build(settings: BuildSettings, console: Console) -> dict:
             "entries": saved.entries,
             "decode_step": step.contract if step else None,
             "graphs": [asdict(lookup) for lookup in lookups],
-            "verified": settings.build.verify,
+            "verified": what.verify,
         },
     )
-    if settings.build.verify:
+    if what.verify:
         verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
-    written = asdict(write_artifact(settings.files.pair(), manifest, saved.blob))
+    written = asdict(write_artifact(pair, manifest, saved.blob))
     del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
     shortcomings = [*builder.shortcomings, *torch_private.lost]
     return {
@@ -102,7 +105,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     }  # fmt: skip
 
 
-def make_builder(settings: BuildSettings, target: Target, console: Console) -> Builder:
+def make_builder(target: Target, flags: CompileFlags, seed: int, console: Console) -> Builder:
     """Return the model twice over the same weights, to compile and as it is, and its tokenizer."""
     folder = target.checkpoint.folder
     stored = weights.list_checkpoint(folder)
@@ -110,12 +113,12 @@ def make_builder(settings: BuildSettings, target: Target, console: Console) -> B
     model = generation.make_model(target, tensors, attention.NAME)
     generation.make_cache(model, 2)  # refused now, not after a compile
     eager = generation.make_model(target, tensors, generation.STOCK_ATTENTION)
-    return Builder(settings, console, target, load_codec(folder), model, eager)
+    return Builder(target, flags, seed, console, load_codec(folder), model, eager)
 
 
 def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     """Generate once from a prompt of `length` tokens; return what it took and compiled."""
-    model, seed, flags = builder.model, builder.settings.shared.seed, builder.settings.compilation
+    model, seed, flags = builder.model, builder.seed, builder.flags
     prompt = builder.codec.synthetic_prompt(length, seed)
     # the second one is the first that is decoded; the last takes no slot
     new_tokens = max(2, min(flags.decode_length, slots - length))
@@ -140,7 +143,7 @@ def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
     began = time.monotonic()
     try:
         with torch_private.fresh_entries():
-            step = export_step.export_step(builder.model, builder.settings.compilation, folder)
+            step = export_step.export_step(builder.model, builder.flags, folder)
     except errors.ScriptError as error:
         builder.shortcomings.append(f"no decode step compiled ahead, runs will trace: {error}")
         return None
@@ -150,20 +153,20 @@ def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
 
 def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
     """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
-    shared, step = builder.settings.shared, manifest.details["decode_step"]
+    target, step = builder.target, manifest.details["decode_step"]
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         files = CacheFileFlags(Path(folder, "cache.bin"))
         write_artifact(files.pair(), manifest, blob)
         same = [
-            f"--model-id={shared.model_id}", f"--device={shared.device}", f"--dtype={shared.dtype}",
-            f"--seed={shared.seed}", f"--cache-path={files.cache_path}", "--trust-artifact",
-            "--load-artifacts", "--require-hit", "--ignore-eos",
-            "--precompile" if step else "--no-precompile",
+            f"--model-id={target.checkpoint.model_id}", f"--device={target.device.type}",
+            f"--dtype={target.dtype_name}", f"--seed={builder.seed}",
+            f"--cache-path={files.cache_path}", "--trust-artifact", "--load-artifacts",
+            "--require-hit", "--ignore-eos", "--precompile" if step else "--no-precompile",
         ]  # fmt: skip
-        lengths = builder.settings.compilation.cache_lengths()
+        lengths = builder.flags.cache_lengths()
         for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
-            prompt = builder.codec.synthetic_prompt(slots - new_tokens, shared.seed)
+            prompt = builder.codec.synthetic_prompt(slots - new_tokens, builder.seed)
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
             outcome = trials.run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
