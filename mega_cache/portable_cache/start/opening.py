@@ -20,6 +20,7 @@ from common.cli import Console
 from common.errors import ScriptError
 from common.model import weights
 from common.model.target import Target
+from portable_cache import torch_private
 from portable_cache.flags import APPROACH, CompileFlags, Wanted
 from portable_cache.recipe import find_differences, settle
 
@@ -72,6 +73,8 @@ def open_model(
         return Opened(model, flags, None, lambda tokens: None)
     model.generation_config.compile_config = generation.compile_config(flags)
     compiler.use_decode_step(wanted.precompile, model, console)
+    for line in torch_private.lost:
+        console.warn(line)
     on_stage("compile")
     return Opened(
         model, flags, compiler, partial(compiler.make_cache, model, flags, wanted.must_load)
