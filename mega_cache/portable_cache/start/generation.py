@@ -64,14 +64,19 @@ def make_model(
     # by the rules of transformers, which knows names of other versions, ties and buffers
     model, found = kind.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=target.dtype,
-        attn_implementation=attention_name, output_loading_info=True,
+        attn_implementation=attention_name, output_loading_info=True, ignore_mismatched_sizes=True,
         device_map={"": target.device} if on_gpu else None,
     )  # fmt: skip
     if on_gpu:
         torch.cuda.empty_cache()  # transformers asks for room for weights that are there already
-    words = {"missing_keys": "lacks", "unexpected_keys": "has, and the model not,"}
+    words = {
+        "missing_keys": "lacks",
+        "unexpected_keys": "has, and the model not,",
+        "mismatched_keys": "has in another shape than the model",
+    }
     for kind_of_key, verb in words.items():
-        if names := sorted(found[kind_of_key]):
+        # those in another shape come with both shapes
+        if names := sorted(key if isinstance(key, str) else key[0] for key in found[kind_of_key]):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UsageError(
                 f"the checkpoint in {folder} {verb} {', '.join(names[:3])}{more}: download it "
