@@ -80,6 +80,9 @@ def linked_with(library: Path) -> Iterator[None]:
     variable does. `link_libtorch` is a setting of 2.14; before, the list of torch's libraries is a
     literal, which the options of the linker's command repeat.
     """
+    # asked first, and the answer is kept: Inductor tries the processor's vectors with a library
+    # that needs torch's, and takes one that cannot be opened for a processor without vectors
+    find("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")()
     settings = {"aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")]}
     places = [str(library.parent), *filter(None, [os.environ.get("LIBRARY_PATH")])]
     with ExitStack() as patches:

@@ -117,7 +117,13 @@ def base_subject(package):
 
 
 @pytest.fixture(scope="session")
-def subject(kv_package):
-    """What the tests that both folders share are about. It starts without torch: any is right."""
+def kv_subject(kv_package):
+    # no version of torch: it starts without
     names = ("environment.compute_capability", "recipe.layer_digest")
     return make_subject(kv_package, (*BUILD, "--kv-cache"), names)
+
+
+@pytest.fixture(scope="session")
+def subject(kv_subject):
+    """What the tests that both folders share are about."""
+    return kv_subject

@@ -7,6 +7,7 @@ file; what only one kind of artifact can suffer is beside it.
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,8 @@ def refusal(server, subject, pair, presets_folder):
         answer = server.run(*subject.run_flags(pair), *more_flags)
         assert answer.status == status, answer.text
         assert answer.seconds < AT_ONCE_SECONDS
-        assert server.outside(answer, presets_folder) == []
+        # what transformers says of a checkpoint is kept, once
+        assert server.outside(answer, presets_folder, presets_folder.with_name("cache")) == []
         return answer.error()
 
     return refuse
@@ -153,7 +155,8 @@ def test_another_dtype_and_another_checkpoint_are_mismatches(refusal, presets_fo
     shutil.copytree(next(presets_folder.glob("random-tiny-*")), other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
-    assert "config_digest: built with" in refusal(MISMATCH, f"--model-id={other}")
+    # of the whole architecture, or, where the depth doesn't matter, of a layer
+    assert re.search("(config|layer)_digest: built with", refusal(MISMATCH, f"--model-id={other}"))
 
 
 # --- from somebody else ----------------------------------------------------------------------
@@ -215,7 +218,7 @@ def test_no_gpu_is_named(refusal):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "sees no CUDA GPU" in refusal(ENVIRONMENT, "--device=cuda")
+    assert "no CUDA GPU is to be seen" in refusal(ENVIRONMENT, "--device=cuda")
 
 
 def test_a_user_without_passwd_entry_can_run(subject, tmp_path):

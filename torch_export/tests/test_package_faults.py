@@ -6,6 +6,7 @@ native code inside is not judged: who made it is a matter of trust.
 
 import io
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,20 @@ from faults import FOLDER, edit_metadata, put
 from helpers import run_script, succeeded
 from test_faults import DAMAGED, pair, refusal, server
 
+from common.artifact.manifest import SCHEMA
+
 __all__ = ["pair", "refusal", "server"]  # fixtures
+
+
+@pytest.fixture(scope="module", params=("kv", "base"))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def subject(kind, request):
+    """A package with a KV cache, and one of the base graph."""
+    return request.getfixturevalue(f"{kind}_subject")
 
 
 def zipped(entries: dict[str, bytes]) -> bytes:
@@ -32,15 +46,17 @@ def unzipped(content: bytes) -> dict[str, bytes]:
 
 
 def library(entries: dict[str, bytes]) -> str:
-    return next(name for name in entries if name.endswith(".so"))
+    """Return the name of a library that a start opens as a program."""
+    return next(name for name in entries if re.search(r"/(programs/\w+|base)/[^/]*\.so$", name))
 
 
 def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
     """Return packages by what is wrong with them."""
     so = library(entries)
-    root = so.partition("/")[0]
+    root, folder = so.partition("/")[0], so.split("/")[-2]
     rest = {name: data for name, data in entries.items() if name != so}
-    other_model = {name.replace("/base/", "/other/"): data for name, data in entries.items()}
+    moved = {name.replace(f"/{folder}/", "/other/"): data for name, data in entries.items()}
+    steps = next(name for name in entries if name.endswith("/libllama_steps.so"))
     whole = zipped(entries)
     return {
         "no zip": b"nothing like it" * 9,
@@ -51,9 +67,11 @@ def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
         "one entry with the library's name": zipped({so.rpartition("/")[2]: entries[so]}),
         "no library": zipped(rest),
         "empty library": zipped({**rest, so: b""}),
-        "another model": zipped(other_model),
+        "another library": zipped({**entries, f"{so}.so": b"x"}),
+        "no native step": zipped({name: data for name, data in entries.items() if name != steps}),
+        "another program": zipped(moved),
         "a name that climbs": zipped({**entries, f"{root}/../../canary.so": b"x"}),
-        "a climbing library": zipped({**rest, f"{root}/data/aotinductor/model/../../x.so": b"x"}),
+        "a climbing library": zipped({**rest, f"{root}/programs/{folder}/../../x.so": b"x"}),
         "an absolute name": zipped({**entries, "/tmp/canary-of-the-fault-tests": b"x"}),
         "two folders": zipped({"elsewhere/a": b"x", **entries}),
         "no folder at all": zipped(
@@ -64,7 +82,7 @@ def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
-def test_another_zip_with_a_right_hash_never_reaches_torch(pair, refusal):
+def test_another_zip_with_a_right_hash_is_never_run(pair, refusal):
     for name, content in spoilt(unzipped(pair.path.read_bytes())).items():
         put(pair, content)
         line = refusal(DAMAGED)
@@ -74,8 +92,10 @@ def test_another_zip_with_a_right_hash_never_reaches_torch(pair, refusal):
 
 def test_a_library_that_is_none_is_refused_by_the_system(pair, refusal):
     entries = unzipped(pair.path.read_bytes())
-    put(pair, zipped({**entries, library(entries): b"not a library"}))
-    assert "cannot be loaded (" in refusal(DAMAGED)
+    so = library(entries)
+    for content in (b"not a library", entries[so][:100], b"\x7fELF" * 99):
+        put(pair, zipped({**entries, so: content}))
+        assert "./build.sh" in refusal(DAMAGED)
 
 
 def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
@@ -93,36 +113,61 @@ def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
         refusal(DAMAGED)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+LENGTHS = [
+    {"recipe__min_seq_len": -1},
+    {"recipe__max_seq_len": "2048"},
+    {"recipe__max_seq_len": 4096},
+    {"recipe__dynamic_seq_multiple": 0},
+    {"recipe__dynamic_seq_multiple": ...},
+    {"recipe__buckets": []},
+    {"recipe__buckets": [3]},
+    {"recipe__dynamic_seq_len": None},
+]
+ROWS = [{"name": "model.norm.weight", "shape": [256], "dtype": "float32"}]
+OTHER_GRAPHS = {
+    "base": [
         {"details__graphs": ...},
         {"details__graphs": 7},
         {"details__graphs": ["prefill", "decode"]},
-        {"details": {}},
-        {"recipe__kv_cache": ...},
-        {"recipe__kv_cache": True, "recipe__max_cache_len": 64},
-        {"recipe__embed_weights": ...},
         {"details__constants": []},
-        {"details__constants": [{"name": "model.norm.weight", "shape": [256], "dtype": "float32"}]},
-        {"recipe__min_seq_len": -1},
-        {"recipe__max_seq_len": "2048"},
-        {"recipe__max_seq_len": 4096},
-        {"recipe__dynamic_seq_multiple": 0},
-        {"recipe__dynamic_seq_multiple": ...},
-        {"recipe__buckets": []},
-        {"recipe__buckets": [3]},
-        {"recipe__dynamic_seq_len": None},
+        {"details__constants": ROWS},
+        {"recipe__kv_cache": True, "recipe__max_cache_len": 64},
     ],
-    ids=str,
-)
-def test_metadata_that_describes_no_package_is_refused(changes, pair, refusal):
-    edit_metadata(pair, **changes)
-    assert "./build.sh" in refusal(DAMAGED)
+    "kv": [
+        {"details__programs": ...},
+        {"details__programs": 7},
+        {"details__programs": {"prefill": [], "decode": []}},
+        {"details__cache": ...},
+        {"details__cache": {"slots": 2048}},
+        {"details__dtypes": ...},
+        {"details__rope": {}},
+        {"details__hidden_size": "256"},
+        {"recipe__kv_cache": False},
+    ],
+}
+NEITHER = [{"details": {}}, {"recipe__kv_cache": ...}, {"recipe__embed_weights": ...}]
+
+
+def test_metadata_that_describes_no_package_is_refused(kind, pair, refusal):
+    before = pair.metadata_path.read_bytes()
+    for changes in (*LENGTHS, *OTHER_GRAPHS[kind], *NEITHER):
+        edit_metadata(pair, **changes)
+        assert "./build.sh" in refusal(DAMAGED), changes
+        pair.metadata_path.write_bytes(before)
+
+
+def test_a_package_of_the_version_before_is_refused(pair, refusal):
+    text = pair.metadata_path.read_text()
+    assert f'"schema": {SCHEMA}' in text
+    pair.metadata_path.write_text(text.replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA - 1}'))
+    line = refusal(DAMAGED)
+    assert f"schema {SCHEMA - 1}, this one reads {SCHEMA}" in line
+    assert "./build.sh" in line
 
 
 def test_a_prompt_beyond_the_exported_lengths_is_refused_before_loading(refusal):
-    assert "./build.sh --max-seq-len 2056" in refusal(2, "--prompt-length=2050")
+    line = refusal(2, "--prompt-length=2050")
+    assert re.search(r"\./build\.sh (--kv-cache )?--max-seq-len 2056", line)
 
 
 def test_switched_off_caches_do_not_matter_to_a_package(subject, tmp_path):

@@ -29,6 +29,8 @@ _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 # what a library was linked with comes before what the process has made global: another package may
 # have opened libtorch, whose functions must not meet the runtime library's handles
 _OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
+# what the dynamic loader says of a file that is at fault itself, not what it needs
+_NO_LIBRARY = ("ELF", "file too short", "cannot read file data", "undefined symbol")
 _LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
 _LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
@@ -132,10 +134,12 @@ def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
 
 
 def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
-    """Open a shared library; what the dynamic loader says of it is one line."""
+    """Open a shared library; ValueError if it is none, or has another one's names."""
     try:
         return ctypes.CDLL(path, mode)
     except OSError as error:
+        if any(words in str(error) for words in _NO_LIBRARY):
+            raise ValueError(str(error)) from error
         raise EnvironmentProblemError(f"cannot open a library: {error}") from error
 
 
