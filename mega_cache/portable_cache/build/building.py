@@ -159,7 +159,7 @@ def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
         files = CacheFileFlags(Path(folder, "cache.bin"))
         write_artifact(files.pair(), manifest, blob)
         same = [
-            f"--model-id={target.checkpoint.model_id}", f"--device={target.device.type}",
+            f"--model-id={target.checkpoint.model_id}", f"--device={target.device}",
             f"--dtype={target.dtype}", f"--seed={builder.seed}",
             f"--cache-path={files.cache_path}", "--trust-artifact", "--load-artifacts",
             "--require-hit", "--ignore-eos", "--precompile" if step else "--no-precompile",
