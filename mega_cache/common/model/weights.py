@@ -32,8 +32,8 @@ from common.model.stored import Stored, item_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-# Linux's MAP_NORESERVE, which Python names from 3.11 on: a model that lies in the page cache is no
-# memory that the system has to promise
+# MAP_NORESERVE of Linux, which Python names from 3.11 on: a model in the page cache is no memory
+# that the system would have to promise
 _NO_RESERVE = 0x4000
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
