@@ -30,9 +30,12 @@ def main(argv: Sequence[str]) -> None:
     with private_compiler_caches(), disk.building(pair, console):
         disk.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
-        from portable_cache.building import build
+        from common.model.target import choose_target
+        from portable_cache.build.building import build
 
-        document = build(settings, console)
+        target = choose_target(settings.shared, console)
+        flags, seed = settings.compilation, settings.shared.seed
+        document = build(target, flags, pair, settings.build, seed, console)
     write_json(document, settings.shared.json)
     report(document, settings, console)
     store.publish(pair, settings.store.publish, APPROACH, console)
@@ -47,6 +50,7 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
         ["size", f"{document['file']['bytes'] / 1e6:.2f} MB"],
         ["entries", entries],
         ["KV caches", ", ".join(str(entry["slots"]) for entry in details["warmed"]) + " slots"],
+        ["decode step", "compiled ahead" if details["decode_step"] else "traced at each start"],
         ["verified", "hits in fresh processes" if details["verified"] else "no"],
         ["build", f"{document['build_seconds']:.1f} s"],
     ]
@@ -55,6 +59,8 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
     if files.metadata_path:
         words += ["--metadata-path", str(files.metadata_path)]
     console.say("start from it with:\n  ./run.sh " + shlex.join(words))
+    for line in document["shortcomings"]:
+        console.warn(line)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Errors are absolute, in standard deviations of the logits of the model in float3
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.compiler.caches import private_compiler_caches
@@ -19,9 +20,15 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
-        from portable_cache.verification import check_margin, compare_logits
+        from common.model.target import choose_target
+        from portable_cache.build.verify import check_margin, compare_logits
+        from portable_cache.start.opening import open_model
 
-        document = compare_logits(settings, flags, console)
+        target = choose_target(settings.shared, console)
+        wanted = replace(settings.wanted(), mode="load", must_load=True)
+        opened = open_model(target, settings.files.pair(), wanted, console)
+        lengths, steps = flags.logit_prompt_lengths, flags.logit_steps
+        document = compare_logits(target, opened, lengths, steps, settings.shared.seed, console)
     write_json(document | {"config": config_of(settings, flags)}, settings.shared.json)
     console.result(logits_table(document))
     for row in document["rows"]:

@@ -5,7 +5,8 @@
 ./compare.sh --model-id random:tiny   load against skip, in fresh processes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from common import cuda, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags
@@ -13,7 +14,13 @@ from common.compiler.caches import private_compiler_caches
 from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.measure import report
 from common.measure.compare import Subject, compare
+from common.measure.measures import Stages, process_start
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
+
+if TYPE_CHECKING:
+    from common.model.checkpoint import Checkpoint
+    from portable_cache.start.generation import Generate
+    from portable_cache.start.opening import Opened
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,15 +36,64 @@ def main(argv: Sequence[str]) -> None:
     machine.spin_less()  # before any library with threads is loaded
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches():
-        # imported late: --help answers without torch, and bad flags without its seconds
-        from common.measure.requests import print_run
-        from portable_cache.serving import run
-
         document = run(settings, console)
     report.write_json(document, settings.shared.json)
-    print_run(document, console)
     if settings.loading.require_hit and document["misses"]:
         raise ArtifactMismatchError("not everything hit: " + " | ".join(document["misses"]))
+
+
+def run(settings: RunSettings, console: Console) -> dict:
+    """Open the model, serve every request, and return the run's result."""
+    # imported here: --help answers without torch, and bad flags without its seconds
+    from common.measure import requests
+    from common.model.target import choose_target
+    from common.model.tokenizer import load_codec, prompts_of
+    from portable_cache.start.opening import known_checkpoint, open_model
+
+    stages, loading = Stages(process_start()), settings.loading
+    stages.close("imports")
+    pair = settings.files.pair()
+    known = known_checkpoint(pair) if loading.mode == "load" else None
+    target = choose_target(settings.shared, console, known)
+    opened = open_model(target, pair, settings.wanted(), console, stages.close)
+    codec = load_codec(target.checkpoint)
+    prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
+    buckets = loading.buckets(opened.flags)
+
+    def padded(prompt: list[int]) -> int:
+        return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
+
+    generate = prepare_requests(settings, target.checkpoint, opened, prompts, padded)
+    stages.close("compile")
+    compiler = opened.compiler
+    document = requests.serve_requests(
+        APPROACH, loading.mode, settings, target, codec, prompts, generate, stages,
+        compiler and compiler.watch, console,
+    )  # fmt: skip
+    document["output"]["padded_tokens"] = padded(prompts[0])
+    nothing = {"artifact": None, "graphs": [], "misses": []}
+    may_trace = loading.precompile is False
+    document |= compiler.describe(document["compile"], may_trace) if compiler else nothing
+    requests.print_run(document, console)
+    return document
+
+
+def prepare_requests(
+    settings: RunSettings, checkpoint: "Checkpoint", opened: "Opened",
+    prompts: list[list[int]], padded: Callable[[list[int]], int],
+) -> "Generate":  # fmt: skip
+    """Return how a prompt is served, over one KV cache that holds the longest."""
+    from portable_cache.start import generation
+
+    choices, new_tokens = {}, settings.prompt.max_new_tokens
+    if not settings.prompt.ignore_eos:
+        choices["eos_token_id"] = list(checkpoint.eos_token_ids) or None
+    if settings.sampling.temperature:
+        choices |= {"do_sample": True, **vars(settings.sampling)}
+    flags = opened.flags if opened.compiler else None
+    generation.configure_generation(opened.model, flags, new_tokens, **choices)
+    cache = opened.make_cache(max(map(padded, prompts)) + new_tokens)
+    return generation.make_generate(opened.model, cache, settings.shared.seed, padded)
 
 
 if __name__ == "__main__":

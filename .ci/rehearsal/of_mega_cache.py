@@ -43,8 +43,8 @@ def rehearse_artifact(rehearsal: Rehearsal, artifact: Artifact) -> None:
     rehearsal.check_build(subject, built)
     for length in artifact.prompt_lengths:
         started = rehearsal.run(
-            RUN, *files, "--load-artifacts", "--require-hit", f"--prompt-length={length}",
-            new_tokens, f"--num-requests={REQUESTS}", "--ignore-eos",
+            RUN, *files, "--load-artifacts", "--require-hit", precompile,
+            f"--prompt-length={length}", new_tokens, f"--num-requests={REQUESTS}", "--ignore-eos",
         )  # fmt: skip
         check_start(rehearsal, f"{subject}, prompt of {length}", artifact, started)
     if artifact == Artifact("default", True):

@@ -12,7 +12,7 @@ from rehearsal import Ended, Rehearsal
 BUILD = "torch_export/build_llama_aotinductor.py"
 RUN = "torch_export/run_llama_aotinductor.py"
 CHECK_LOGITS = "torch_export/check_equivalence.py"
-DECODE = ("decode_layer", "decode_head")
+DECODE = ("decode_layer", "head")
 SLOTS = 2048
 NEW_TOKENS, REQUESTS = 8, 2
 
@@ -121,9 +121,8 @@ def check_decode(
 
 CHECKS_OF_GRAPH: dict[str, Callable] = {
     "prefill_layer": check_prefill_layer,
-    "prefill_head": partial(check_decode, 4),
     "decode_layer": partial(check_decode, 6),
-    "decode_head": partial(check_decode, 4),
+    "head": partial(check_decode, 4),
 }
 
 

@@ -1,1 +1,42 @@
-"""Everything of this folder that is about `torch.compiler`'s portable cache."""
+"""Everything of this folder that is about `torch.compiler`'s portable cache.
+
+from portable_cache import load
+
+model = load("cache.bin", model="meta-llama/Llama-3.2-3B-Instruct")
+model.generate(**inputs, past_key_values=model.new_cache(tokens=200), max_new_tokens=64)
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    path: str | PathLike, model: str, device: str = "auto", dtype: str = "auto", trust: bool = False
+) -> "PreTrainedModel":
+    """Return transformers' model, whose `generate` runs what the artifact at `path` brings.
+
+    `model` is a Hub id, a folder or a preset; `device` auto, cuda or cpu; `dtype` auto or torch's
+    name of one. The metadata lies beside the artifact. `trust`: load it whoever could have written
+    it. The model has one method more: `new_cache(tokens=N)` returns a KV cache that `generate` hits
+    with, for prompts and new tokens of N at most, of batch 1. Raises common.errors.ScriptError: the
+    class behind each exit status of the scripts.
+    """
+    from common.artifact.disk import TrustFlags
+    from common.cli import Console, SharedFlags
+    from common.model.target import choose_target
+    from portable_cache.flags import CacheFileFlags, Wanted
+    from portable_cache.start import opening
+
+    opening.own_compiler_caches()
+    console = Console(quiet=True)
+    pair = CacheFileFlags(Path(path)).pair()
+    shared = SharedFlags(model_id=model, device=device, dtype=dtype)
+    target = choose_target(shared, console, opening.known_checkpoint(pair))
+    wanted = Wanted(trust=TrustFlags(trust_artifact=trust))
+    opened = opening.open_model(target, pair, wanted, console)
+    opened.model.new_cache = opened.make_cache
+    return opened.model

@@ -86,7 +86,7 @@ class BuildFlags:
     """build"""
 
     precompile: bool = flag(
-        True, "also compile each decode step ahead of time, so that a run traces nothing"
+        True, "also compile the decode step ahead of time, so that a run traces nothing"
     )
     verify: bool = flag(True, "load the artifact in fresh processes before it is published")
 
@@ -113,7 +113,11 @@ class LoadFlags:
         "must use the decode step that was compiled ahead of time, or must not; without either: "
         "use it if the artifact has one that fits, else warn and trace",
     )
-    require_hit: bool = flag(False, "end with status 4 when anything had to be compiled or tuned")
+    require_hit: bool = flag(
+        False,
+        "end with status 4 when anything was compiled, tuned or traced; with --no-precompile, "
+        "where every start traces, when anything was compiled or tuned",
+    )
 
     def __post_init__(self):
         if self.eager and (self.load_artifacts or self.require_hit):
@@ -130,6 +134,22 @@ class LoadFlags:
     @property
     def must_load(self) -> bool:
         return bool(self.load_artifacts or self.require_hit or self.precompile)
+
+    def buckets(self, flags: CompileFlags) -> tuple[int, ...]:
+        """Return the lengths in tokens that prompts are padded to; empty: they aren't."""
+        return (self.prefill_buckets or flags.prefill_lengths) if self.bucket_pad else ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a start asks for; as it stands here: the artifact must load, its decode step may."""
+
+    mode: str = "load"  # or "skip": compile from nothing; or "eager"
+    must_load: bool = True  # else compile, with a warning, where it can't be loaded
+    precompile: bool | None = None  # must use the decode step, or must not; None: if it fits
+    compilation: CompileFlags = CompileFlags(**UNTOLD)  # None in a field: as the artifact was built
+    fetch_from: str | None = None  # URL of a store
+    trust: TrustFlags = TrustFlags()
 
 
 @dataclass(frozen=True)
@@ -155,3 +175,10 @@ class RunSettings:
     files: CacheFileFlags
     store: cli.FetchFlags
     trust: TrustFlags
+
+    def wanted(self) -> Wanted:
+        loading = self.loading
+        return Wanted(
+            loading.mode, loading.must_load, loading.precompile, self.compilation,
+            self.store.fetch, self.trust,
+        )  # fmt: skip

@@ -34,3 +34,8 @@ def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) ->
         + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
         + differences(manifest.recipe, told, told)
     )
+
+
+def unlike_driver(manifest: Manifest) -> list[Difference]:
+    """Return whether it was built under another driver, which is usually harmless."""
+    return differences(manifest.environment, environment(), ("driver",))

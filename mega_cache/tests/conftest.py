@@ -101,16 +101,15 @@ def subject(copied_folder):
 @pytest.fixture(scope="session")
 def eager_tokens(presets_folder):
     """Return a function from prompt length to the greedy tokens of uncompiled `generate`."""
-    import torch
-
     from common.cli import Console
     from common.model.checkpoint import resolve_checkpoint
-    from common.model.target import Target, load_model
+    from common.model.eager import load_model
+    from common.model.target import Target
     from common.model.tokenizer import load_codec
-    from portable_cache import generation
+    from portable_cache.start import generation
 
     checkpoint = resolve_checkpoint("random:tiny", Console(quiet=True))
-    target = Target(checkpoint, torch.device("cpu"), torch.float32)
+    target = Target(checkpoint, "cpu", "float32")
     model = load_model(target)
     codec = load_codec(checkpoint)
 

@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from portable_cache import attention
-from portable_cache.generation import forget_compiled_state, make_generate
+from portable_cache import torch_private
+from portable_cache.start import attention
+from portable_cache.start.generation import make_cache, make_generate
 
 SLOTS, NEW_TOKENS = 96, 12
 SHAPES = {
@@ -58,8 +59,8 @@ def served(request):
     same = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "eos_token_id": None}
     eager.generation_config = GenerationConfig(disable_compile=True, **same)
     own.generation_config = GenerationConfig(compile_config=compiling, **same)
-    forget_compiled_state(own)
-    cache = StaticCache(config=own.config, max_cache_len=SLOTS)
+    torch_private.forget_compiled_state(own)
+    cache = make_cache(own, SLOTS)
 
     def tokens(prompt: list[int], padding: int) -> tuple[list[int], list[int]]:
         with torch.no_grad():

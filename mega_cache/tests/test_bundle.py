@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 from common.errors import ScriptError
-from portable_cache import bundle
+from portable_cache.build import saving
+from portable_cache.start import bundle
 from torch.compiler._cache import CacheArtifactManager, _serialize_single_cache
 from torch._inductor.runtime.autotune_cache import AutotuneCacheArtifact
 from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
 
-bundle.watch()
+saving.watch()
 torch.compile(lambda x: (x * 2).sin())(torch.ones(64))
-good = bundle.save_bundle().blob
+good = saving.save_bundle().blob
 
 
 def pack(artifacts):

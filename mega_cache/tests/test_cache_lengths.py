@@ -74,7 +74,7 @@ def test_a_skipped_load_compiles_the_artifacts_recipe_once(artifact, eager_token
         (["--compile-mode=default"], "compile_mode: built with max-autotune, found default"),
         (["--decode-length=64"], f"decode_length: built with {NEW_TOKENS}, found 64"),
         (["--fullgraph"], "fullgraph: built with false, found true"),
-        (["--prompt-length=185"], "need 201 slots, the longest KV cache"),
+        (["--prompt-length=185", "--no-precompile"], "need 201 slots, the longest KV cache"),
     ],
 )
 def test_what_is_told_and_differs_is_a_mismatch_by_name(told, words, artifact, tmp_path):

@@ -26,10 +26,11 @@ import gc, json, sys
 import torch
 import torch._inductor.config
 from common.compiler.counts import compiled_kernels, read_counts, watch_compilation
-from portable_cache import bundle
+from portable_cache.build import saving
+from portable_cache.start import bundle
 
 if "--long-names" not in sys.argv:
-    bundle.configure()
+    bundle.configure(torch.device("cuda"))
 
 
 LONG = ("leaky_relu", "hardsigmoid", "hardswish", "softplus", "logsigmoid", "hardtanh", "elu")
@@ -57,9 +58,9 @@ def chosen():
     return {k.fn.__name__: [str(one.config) for one in k.launchers] for k in live}
 """
 SAVE = f"""{PROGRAM}{BUILD}
-bundle.watch()
+saving.watch()
 run()
-blob = bundle.save_bundle().blob
+blob = saving.save_bundle().blob
 open(sys.argv[2], "wb").write(blob)
 print(json.dumps(chosen()))
 """
@@ -83,9 +84,10 @@ SETTINGS = """
 """
 DROP_ONE = """
 import pickle, sys
-from portable_cache import bundle
+from portable_cache import torch_private
+from portable_cache.start import bundle
 
-Manager = bundle.CacheArtifactManager
+Manager = torch_private.CacheArtifactManager
 entries = Manager.deserialize(open(sys.argv[2], "rb").read())
 (entry,) = entries["inductor"]
 graph = pickle.loads(entry.content)
@@ -130,7 +132,11 @@ def test_configurations_at_a_run_are_those_of_the_build_and_nothing_is_made_anew
 def test_a_plain_load_needs_nothing_of_ours_but_the_settings(tmp_path):
     blob = tmp_path / "blob"
     answer(start(SAVE, tmp_path / "build", 1, blob))
-    ours = {"from portable_cache import bundle": "", "bundle.configure()": SETTINGS}
+    ours = {
+        "from portable_cache.build import saving\n": "",
+        "from portable_cache.start import bundle\n": "",
+        'bundle.configure(torch.device("cuda"))': SETTINGS,
+    }
     program = reduce(lambda text, item: text.replace(*item), ours.items(), PLAIN_LOAD)
     counts = answer(start(program, tmp_path / "run", 1, blob))
     assert counts["fxgraph_cache_hit"] == 1

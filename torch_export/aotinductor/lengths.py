@@ -61,12 +61,15 @@ def parse_bounds(recipe: dict[str, Any]) -> Bounds:
 class Plan:
     """How requests are served: within which lengths, and as the package at hand was built, if any.
 
-    `bucket_pad` pads to the bounds' buckets: fewer shapes, more work.
+    `bucket_pad` pads to the bounds' buckets: fewer shapes, more work. `checkpoint` is what the
+    metadata says of the one that it was built from, where the package is to be loaded: its origin
+    is checked before anything is generated.
     """
 
     bounds: Bounds
     manifest: Manifest | None = None
     bucket_pad: bool = False
+    checkpoint: dict[str, Any] | None = None
 
     @property
     def built(self) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def find_plan(
     if must_agree:
         raise_if_different(pair.path, found)
     bounds = override(asked) if found else parse_bounds(manifest.recipe)
-    return Plan(bounds, manifest, bucket_pad)
+    known = manifest.details.get("checkpoint") if must_agree else None
+    return Plan(bounds, manifest, bucket_pad, known)
 
 
 def override(flags: ExpectedShapeFlags) -> Bounds:

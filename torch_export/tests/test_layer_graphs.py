@@ -273,14 +273,14 @@ def launches(source: str) -> Counter:
 def test_decode_on_cuda_is_six_kernels_a_layer_and_four_besides(on_cuda):
     _, sources = on_cuda
     assert 0 < launches(sources["decode_layer"]).total() <= 6
-    assert 0 < launches(sources["decode_head"]).total() <= 4
+    assert 0 < launches(sources["head"]).total() <= 4
 
 
 @needs_cuda
 def test_decode_on_cuda_calls_no_library_and_copies_no_table(on_cuda):
     model, sources = on_cuda
     library = r"aoti_torch_(?:cuda_\w+|proxy_executor_call_function|copy_)\("
-    assert not re.findall(library, sources["decode_layer"] + sources["decode_head"])
+    assert not re.findall(library, sources["decode_layer"] + sources["head"])
     assert_no_table_is_copied(sources, model)
 
 

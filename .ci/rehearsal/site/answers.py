@@ -44,7 +44,7 @@ def answer_stop(module):
 AFTER_IMPORT = {
     "common.model.tokenizer": answer_text,
     "aotinductor.build.verify": answer_difference,
-    "portable_cache.verification": answer_margin,
+    "portable_cache.build.verify": answer_margin,
     "transformers.cache_utils": answer_cache_length,
     "transformers.generation.utils": answer_stop,
 }

@@ -32,6 +32,9 @@ from common.model.stored import Stored, item_bytes
 if TYPE_CHECKING:
     import numpy as np
 
+# MAP_NORESERVE of Linux, which Python names from 3.11 on: a model in the page cache is no memory
+# that the system would have to promise
+_NO_RESERVE = 0x4000
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Where a tensor begins on the device, as CUDA's allocator has it; generated kernels assume 16.
@@ -71,11 +74,12 @@ def target_dtype(one: Stored, dtype: str | None) -> str:
 
 
 def map_tensor(one: Stored) -> Tensor:
-    """Return the tensor within the mapped file, read-only: the page cache is its only copy."""
-    at, size = _map_file(one.path, os.stat(one.path).st_mtime_ns)
-    if one.begin + one.nbytes > size:
+    """Return the tensor within the mapped file; what is written to it never reaches the file."""
+    mapping = _map_file(one.path, os.stat(one.path).st_mtime_ns)
+    if one.begin + one.nbytes > len(mapping):
         raise EnvironmentProblemError(f"{one.path} was cut off while it was opened: try again")
-    address, owner = at + one.begin, None
+    owner: Any = mapping
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + one.begin
     if one.begin % item_bytes(one.dtype):  # writers align tensors, the format does not demand it
         owner = ctypes.create_string_buffer(one.nbytes)
         ctypes.memmove(owner, address, one.nbytes)
@@ -84,22 +88,12 @@ def map_tensor(one: Stored) -> Tensor:
 
 
 @functools.cache  # a file is mapped once, and for as long as this process lives
-def _map_file(path: Path, changed: int) -> tuple[int, int]:
-    """Return the address of the file's bytes and their number.
-
-    libc's own mmap: Python's gives the address of a mapping that can be written to alone, which
-    for a large model may be more memory than the system promises.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
+def _map_file(path: Path, changed: int) -> mmap.mmap:
+    """Return the file's bytes, of which the page cache is the only copy until one is written."""
+    private = mmap.MAP_PRIVATE | _NO_RESERVE
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        how = (ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno())
-        address = libc.mmap(None, *how, ctypes.c_size_t(0))
-    if address in (None, ctypes.c_void_p(-1).value):
-        reason = os.strerror(ctypes.get_errno())
-        raise EnvironmentProblemError(f"cannot map {path} into memory: {reason}")
-    return int(address), size
+        return mmap.mmap(file.fileno(), size, private, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def convert(values: "np.ndarray", dtype: str, target: str) -> "np.ndarray":

@@ -1,5 +1,6 @@
 """Weights come from any file's offsets as they lie there, and a damaged checkpoint is named."""
 
+import ctypes
 import json
 import threading
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common import cuda
+from common.errors import UsageError
 from common.model import weights
-from common.model.weights import Stored, list_checkpoint, read_header, start_upload
-
-CPU = torch.device("cpu")
+from common.model.stored import Stored, list_stored, read_header
+from common.model.weights import Tensor, start_upload
 
 
 @pytest.fixture
@@ -28,19 +30,25 @@ def checkpoint(tensors, tmp_path):
     return tmp_path
 
 
+def seen_by_torch(tensor):
+    raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
+    return torch.frombuffer(raw, dtype=getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
 def assert_equal(found, expected):
     assert set(found) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        one = seen_by_torch(found[name])
+        assert one.dtype == tensor.dtype
+        assert torch.equal(one, tensor)
 
 
 def test_a_checkpoint_gives_its_tensors_by_name(checkpoint, tensors):
-    assert_equal(start_upload(list_checkpoint(checkpoint), CPU).wait(), tensors)
+    assert_equal(start_upload(list_stored(checkpoint), "cpu").wait(), tensors)
 
 
 def test_only_floating_point_tensors_are_converted(checkpoint, tensors):
-    found = start_upload(list_checkpoint(checkpoint), CPU, torch.bfloat16).wait()
+    found = start_upload(list_stored(checkpoint), "cpu", "bfloat16").wait()
     expected = {name: tensors[name].bfloat16() for name in "ab"} | {"ids": tensors["ids"]}
     assert_equal(found, expected)
 
@@ -51,21 +59,22 @@ def test_shards_are_one_checkpoint(tensors, tmp_path):
         save_file({n: tensors[n] for n in tensors if files[n] == file}, tmp_path / file)
     index = {"weight_map": files}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_equal(start_upload(list_checkpoint(tmp_path), CPU).wait(), tensors)
+    assert_equal(start_upload(list_stored(tmp_path), "cpu").wait(), tensors)
 
 
 def test_a_tensor_may_lie_anywhere_in_any_file(tmp_path):
     expected = torch.randn(3, 5)
     path = tmp_path / "any"
     path.write_bytes(b"123" + expected.numpy().tobytes() + b"rest")  # no multiple of its item
-    stored = {"one": Stored("one", path, torch.float32, (3, 5), 3)}
-    found = start_upload(stored | {"other": stored["one"]}, CPU).wait()
+    stored = {"one": Stored(path, "float32", (3, 5), 3)}
+    found = start_upload(stored | {"other": stored["one"]}, "cpu").wait()
     assert_equal(found, {"one": expected, "other": expected})
 
 
 def test_writing_to_a_tensor_never_reaches_the_file(checkpoint):
     before = (checkpoint / "model.safetensors").read_bytes()
-    start_upload(list_checkpoint(checkpoint), CPU).wait()["a"].fill_(1)
+    found = start_upload(list_stored(checkpoint), "cpu").wait()["a"]
+    seen_by_torch(found).fill_(1)
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
@@ -73,30 +82,34 @@ def test_writing_to_a_tensor_never_reaches_the_file(checkpoint):
 def test_a_file_that_is_cut_off_is_named(kept, checkpoint):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors is .*: download it again"):
+    with pytest.raises(UsageError, match=r"model\.safetensors is .*: download it again"):
         read_header(path)
 
 
-def test_pieces_cover_a_tensor_once_and_fit_a_buffer(monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_pieces_cover_a_tensor_once_and_fit_a_buffer(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(weights, "_STAGING_BYTES", 64)
-    source, place = torch.randn(7, 11), torch.zeros(7, 11)
+    source = torch.randn(7, 11)
+    place = torch.zeros(7, 11, dtype=getattr(torch, dtype))
     path = tmp_path / "any"
     path.write_bytes(b"12" + source.numpy().tobytes())
-    one = Stored("one", path, torch.float32, (7, 11), 2)
+    one = Stored(path, "float32", (7, 11), 2)
     with open(path, "rb") as file:
-        for begin, part in weights._cut(one, place):
-            buffer = torch.empty(part.numel() * 4, dtype=torch.uint8)
-            assert buffer.numel() <= 64
-            weights._read_into(file.fileno(), buffer, begin)
-            part.copy_(buffer.view(torch.float32))
-    assert torch.equal(place, source)
+        for begin, stored, address, wanted, count in weights._cut(
+            one, Tensor(place.data_ptr(), (7, 11), dtype)
+        ):
+            buffer = bytearray(count * place.element_size())
+            assert len(buffer) <= 64
+            weights._read_into(file.fileno(), memoryview(buffer), begin, stored, wanted)
+            ctypes.memmove(address, bytes(buffer), len(buffer))
+    assert torch.equal(place, source.to(place.dtype))
 
 
 def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "short"
     path.write_bytes(b"1234")
     with open(path, "rb") as file, pytest.raises(OSError, match="ended at byte 4"):
-        weights._read_into(file.fileno(), torch.empty(8, dtype=torch.uint8), 0)
+        weights._read_into(file.fileno(), memoryview(bytearray(8)), 0, "uint8", "uint8")
 
 
 def test_waiting_raises_what_a_reader_met():
@@ -108,10 +121,13 @@ def test_waiting_raises_what_a_reader_met():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", (None, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (None, "bfloat16"))
 def test_what_arrives_on_a_gpu_is_what_the_files_hold(checkpoint, dtype):
-    stored = list_checkpoint(checkpoint)
-    expected = start_upload(stored, CPU, dtype).wait()
-    found = start_upload(stored, torch.device("cuda"), dtype).wait()
-    assert {tensor.data_ptr() % 512 for tensor in found.values()} == {0}
-    assert_equal({name: tensor.cpu() for name, tensor in found.items()}, expected)
+    stored = list_stored(checkpoint)
+    expected = start_upload(stored, "cpu", dtype).wait()
+    for name, tensor in start_upload(stored, "cuda", dtype).wait().items():
+        assert tensor.address % 512 == 0
+        back = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        where = (ctypes.c_void_p(back.data_ptr()), ctypes.c_void_p(tensor.address))
+        cuda.runtime().cudaMemcpy(*where, ctypes.c_size_t(tensor.nbytes), 2)
+        assert torch.equal(back, seen_by_torch(expected[name]).view(-1).view(torch.uint8))

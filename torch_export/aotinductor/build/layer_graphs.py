@@ -180,8 +180,11 @@ class DecodeLayer(LayerProgram):
         row.copy_(attended + added)
 
 
-class DecodeHead(Program):
-    """From `row` to the logits, the greedy token, and that token's embedding; `position` + 1."""
+class Head(Program):
+    """From `row` to the logits, the greedy token, and that token's embedding; `position` + 1.
+
+    After a prompt too: then `row` is that of the last true token, and `position` its place.
+    """
 
     state = ("row", "logits", "token", "position")
 
@@ -191,29 +194,14 @@ class DecodeHead(Program):
         super().__init__(kind, weights)
 
     def run(self, given: Tensors) -> None:
-        token = self.choose(given["row"], given)
-        # always 1; said of the token, it needs no launch beside the one that writes the token
-        given["position"].add_((token[0] >= 0).long())
-
-    def choose(self, row: Tensor, given: Tensors) -> Tensor:
-        """Write what all heads write, and return the token."""
-        (logits,) = products(row, given, ["head"], self.kind, "norm")
+        (logits,) = products(given["row"], given, ["head"], self.kind, "norm")
         logits = materialized(logits)[None]
         given["logits"].copy_(logits)
         token = first_argmax(logits)
         given["token"].copy_(token)
         given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
-        return token
-
-
-class PrefillHead(DecodeHead):
-    """As `DecodeHead`, from the last true token's row of `hidden`; `position` counts the prompt."""
-
-    state = ("hidden", *DecodeHead.state)
-
-    def run(self, given: Tensors) -> None:
-        last = given["hidden"].index_select(1, given["position"] - 1)[0, 0]
-        self.choose(last.to(given["row"].dtype), given)
+        # always 1; said of the token, it needs no launch beside the one that writes the token
+        given["position"].add_((token[0] >= 0).long())
 
 
 def products(
@@ -343,9 +331,8 @@ def make_programs(causal_lm) -> dict[str, Program]:
     tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
     return {
         "prefill_layer": PrefillLayer(kind),
-        "prefill_head": PrefillHead(kind, tied),
         "decode_layer": DecodeLayer(kind),
-        "decode_head": DecodeHead(kind, tied),
+        "head": Head(kind, tied),
     }
 
 
@@ -384,7 +371,6 @@ def export_program(
     shapes = state_shapes(cache, config.hidden_size, config.vocab_size, padded, rows)
     # zeros: a position that is used as an index must be one
     known = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in dtypes}
-    known["position"] += isinstance(program, PrefillHead)  # the first true token is the last
     weights = {name: weight.detach() for name, weight in causal_lm.named_parameters()}
     example = tuple(
         known[name] if name in known else weights[name.format(layer=0)] for name in program.inputs

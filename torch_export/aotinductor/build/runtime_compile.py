@@ -91,9 +91,10 @@ def _torch_compiled(
     details = describe_package(model, cache, programs)
     compiled = {}
     for name, program in programs.items():
-        varies = _dynamic(plan, one_dynamic_graph)
-        if name.startswith("decode"):  # on a CPU the rows in use change with the length
-            varies = target.device == "cpu"
+        varies = {
+            "prefill_layer": _dynamic(plan, one_dynamic_graph),
+            "decode_layer": target.device == "cpu",  # there the rows in use change with the length
+        }.get(name, False)
         graph = torch.compile(program, fullgraph=True, dynamic=varies, mode=mode)
         compiled[name] = lambda inputs, graph=graph: graph(*inputs)
     state, memory = make_state(details, cache, target)

@@ -55,6 +55,7 @@ class TorchSteps:
         if isinstance(memory, GpuMemory):
             self._stream = torch.cuda.ExternalStream(memory.stream.handle.value)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._all_rows = len(self._tables[0]["keys"])
 
     @torch.no_grad()
     def rotate_with(self, inv_freq: list[float], attention_scaling: float) -> None:
@@ -69,43 +70,53 @@ class TorchSteps:
     @torch.no_grad()
     def embed(self, token_ids: Sequence[int], name: str) -> None:
         """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with self._in_stream():
             table, place = self._weights[EMBEDDING], self._state[name].flatten()
             rows = table[torch.tensor(token_ids, device=table.device)].flatten()
             place[: len(rows)].copy_(rows)
 
-    def prefill(self, padded: int) -> None:
-        """The prompt's rows stand in the first `padded` of `hidden`, its length in `position`."""
+    def prefill(self, length: int, padded: int) -> None:
+        """The prompt's rows stand in the first `padded` of `hidden`."""
         # the rows of the longest prompt lie one after the other, so fewer are a tensor of their own
         hidden = self._state["hidden"].flatten()[: padded * self._state["row"].shape[0]]
-        rows = len(self._tables[0]["keys"])
-        self._run("prefill", {"hidden": hidden.view(1, padded, -1)}, rows)
+        self._run("prefill_layer", {"hidden": hidden.view(1, padded, -1)}, self._all_rows)
+        with torch.no_grad(), self._in_stream():
+            self._state["position"].fill_(length - 1)  # the head counts the last token itself
+            self._state["row"].copy_(hidden.view(padded, -1)[length - 1])
+        self._run_head()
 
     def decode(self, rows: int) -> None:
         """One token: decode gets the first `rows` of each table."""
         if self._graph is None:
-            self._run("decode", {}, rows)
+            self._run("decode_layer", {}, rows)
+            self._run_head()
         else:
-            with torch.cuda.stream(self._stream):
+            with self._in_stream():
                 self._graph.replay()
 
     def capture(self) -> None:
         """Record decode as a CUDA graph; what was in the state is lost."""
-        rows = len(self._tables[0]["keys"])
         for _ in range(2):  # compiles and loads, which a capture cannot
-            self._run("decode", {}, rows)
+            self.decode(self._all_rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._run("decode", {}, rows)
+            self.decode(self._all_rows)
         self._graph = graph
 
     @torch.no_grad()
-    def _run(self, kind: str, own: Mapping[str, torch.Tensor], rows: int) -> None:
-        named = {**self._weights, **self._state, **own}
-        layer_inputs, run = self._inputs[f"{kind}_layer"], self._programs[f"{kind}_layer"]
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+    def _run(self, name: str, own: Mapping[str, torch.Tensor], rows: int) -> None:
+        named, inputs = {**self._weights, **self._state, **own}, self._inputs[name]
+        with self._in_stream():
             for layer, tables in enumerate(self._tables):
-                named |= {name: table[:rows] for name, table in tables.items()}
-                run([named[name.format(layer=layer)] for name in layer_inputs])
-            self._programs[f"{kind}_head"]([named[n] for n in self._inputs[f"{kind}_head"]])
+                named |= {table: tensor[:rows] for table, tensor in tables.items()}
+                self._programs[name]([named[one.format(layer=layer)] for one in inputs])
+
+    @torch.no_grad()
+    def _run_head(self) -> None:
+        named = {**self._weights, **self._state}
+        with self._in_stream():
+            self._programs["head"]([named[one] for one in self._inputs["head"]])
+
+    def _in_stream(self):
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()

@@ -190,7 +190,8 @@ class Step:
         calls: Sequence[tuple[Program, Sequence[Operand]]],
     ):
         count = len(calls)
-        self._kept = ([_described(one, interface) for _, inputs in calls for one in inputs], calls)
+        self.calls = calls
+        self._kept = ([_described(one, interface) for _, inputs in calls for one in inputs],)
         pointers = [ctypes.pointer(one) for one in self._kept[0]]
         self._arguments: tuple[Any, ...] = (
             interface.create,

@@ -64,8 +64,8 @@ class Steps(Protocol):
     def embed(self, token_ids: Sequence[int], name: str) -> None:
         """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
 
-    def prefill(self, padded: int) -> None:
-        """Run the prompt's rows, padded to so many; `position` holds the true number."""
+    def prefill(self, length: int, padded: int) -> None:
+        """Run the prompt's rows, so many true ones, and choose its first new token."""
 
     def decode(self, rows: int) -> None:
         """Run one token, over so many rows of the tables."""
@@ -126,8 +126,7 @@ class KvEngine:
             return
         self.steps.embed(prompt, "hidden")
         self.length = len(prompt)
-        write_integers(self.memory, self.state.position, [self.length])
-        self.steps.prefill(padded)
+        self.steps.prefill(self.length, padded)
 
     def decode(self) -> None:
         """One step: the token after `token` takes its place, `position` advances.

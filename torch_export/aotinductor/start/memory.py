@@ -59,6 +59,10 @@ class GpuMemory:
         self.stream.wait()
         return ctypes.string_at(self._staged.address, nbytes)
 
+    def copy(self, tensor: Tensor, source: Tensor) -> None:
+        """Copy on the GPU, after all that is queued."""
+        self.stream.copy(tensor.address, source.address, source.nbytes)
+
     def clear(self, tensor: Tensor) -> None:
         tensor.owner.fill_with_zeros(self.stream)
 

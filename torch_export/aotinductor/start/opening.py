@@ -39,6 +39,5 @@ def make_opening(
     """Return an opening by a plan, with a package or without; without a model, of its own."""
     if not shared.model_id and plan.manifest:
         shared = replace(shared, model_id=plan.manifest.model["id"])
-    known = plan.manifest.details.get("checkpoint") if plan.manifest else None
-    target = choose_target(plan.fill_in(shared), console, known)
+    target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
     return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))

@@ -1,7 +1,7 @@
 """A `.pt2` as a start sees it: a zip of stored entries, whose code never lies in a folder.
 
-STEM/programs/<program>/*.so, *.cubin      a KV cache's: prefill_layer, prefill_head,
-                                           decode_layer, decode_head
+STEM/programs/<program>/*.so, *.cubin      a KV cache's: prefill_layer, decode_layer,
+                                           head
 STEM/data/aotinductor/base/*.so, *.cubin   the base graph's
 STEM/native/*.so                           what makes a step's calls, and the runtime library
 STEM/weights/model.safetensors             weights, where a KV package holds them

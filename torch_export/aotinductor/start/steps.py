@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from aotinductor.start.c_interface import Interface, Operand, Program, Shape, Step
 from aotinductor.start.kv_engine import State
-from aotinductor.start.memory import GpuMemory, Memory
+from aotinductor.start.memory import GpuMemory, Memory, write_integers
 from common.model.stored import item_bytes
 from common.model.weights import Tensor, converted
 
-PREFILL, DECODE = ("prefill_layer", "prefill_head"), ("decode_layer", "decode_head")
+PREFILL, DECODE = "prefill_layer", ("decode_layer", "head")
 
 
 def names_of_weights(programs: Mapping[str, Sequence[str]], layers: int) -> list[str]:
@@ -43,10 +43,10 @@ class PackageSteps:
         shapes = {id(state.hidden): self._hidden}
         operands = {name: _operand(tensor) for name, tensor in weights.items()}
 
-        def calls(layer_program: str, head_program: str, tables: Shape) -> Step:
+        def step(layer_program: str, head: Sequence[str], tables: Shape) -> Step:
             order = [(layer_program, layer) for layer in range(len(state.keys))]
             made = []
-            for program, layer in [*order, (head_program, 0)]:
+            for program, layer in [*order, *((name, 0) for name in head)]:
                 own = []
                 for name in inputs[program]:
                     if name in ("keys", "values"):
@@ -59,10 +59,12 @@ class PackageSteps:
                 made.append((programs[program], own))
             return Step(*libraries, memory.device, made)
 
-        self.takes_prompts = all(name in programs for name in PREFILL)
-        self._decode = calls(*DECODE, self._tables)
+        decode_layer, head = DECODE
+        self.takes_prompts = PREFILL in programs
+        self._decode = step(decode_layer, [head], self._tables)
         if self.takes_prompts:
-            self._prefill = calls(*PREFILL, Shape(state.keys[0].shape))
+            self._layers = step(PREFILL, [], Shape(state.keys[0].shape))
+            self._head = Step(*libraries, memory.device, [self._decode.calls[-1]])
 
     def rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
         """Write the rotations of every slot: once, and not in every layer and step."""
@@ -84,10 +86,13 @@ class PackageSteps:
 
     def embed(self, token_ids: Sequence[int], name: str) -> None:
         """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
-        place, count, table = getattr(self._state, name), len(token_ids), self._table
-        dtypes = [self._interface.dtype_code(d) for d in (table.dtype, self._dtype, place.dtype)]
-        ids = (ctypes.c_int64 * count)(*token_ids)
-        width = table.shape[1]
+        self._copy_rows(self._table, self._dtype, token_ids, getattr(self._state, name))
+
+    def _copy_rows(self, table: Tensor, dtype: str, rows: Sequence[int], place: Tensor) -> None:
+        """Put rows of a table of the host to the beginning of `place`, rounded to `dtype` first."""
+        dtypes = [self._interface.dtype_code(d) for d in (table.dtype, dtype, place.dtype)]
+        count, width = len(rows), table.shape[1]
+        ids = (ctypes.c_int64 * count)(*rows)
 
         def write(address: int) -> None:
             self._library.llama_rows(
@@ -97,9 +102,20 @@ class PackageSteps:
 
         self._memory.fill(place, count * width * item_bytes(place.dtype), write)
 
-    def prefill(self, padded: int) -> None:
-        self._hidden.set((1, padded, self._hidden.sizes[2]))
-        self._prefill.run(self._stream)
+    def prefill(self, length: int, padded: int) -> None:
+        hidden = self._state.hidden
+        width = hidden.shape[2]
+        self._hidden.set((1, padded, width))
+        # the head counts the last token itself
+        write_integers(self._memory, self._state.position, [length - 1])
+        self._layers.run(self._stream)
+        row_bytes = width * item_bytes(hidden.dtype)
+        last = Tensor(hidden.address + (length - 1) * row_bytes, (1, width), hidden.dtype)
+        if self._stream is None:
+            self._copy_rows(last, hidden.dtype, [0], self._state.row)
+        else:  # of one dtype there
+            self._memory.copy(self._state.row, last)
+        self._head.run(self._stream)
 
     def decode(self, rows: int) -> None:
         if rows != self._rows:

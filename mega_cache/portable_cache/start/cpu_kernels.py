@@ -1,6 +1,6 @@
 """Carry the C++ kernels of a CPU graph inside the bundle, so that a load calls no g++.
 
-torch (2.9 to 2.13) saves the sources of a CPU graph's kernels, never the shared objects, so a plain
+torch saves the sources of a CPU graph's kernels, never the shared objects, so a plain
 load compiles each one, after seconds of instruction-set probing. Here they are one more kind of
 entry in the same blob, behind one that says what they were built for.
 """
@@ -10,14 +10,13 @@ import hashlib
 import inspect
 import re
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-# Private, the documented extension point of the mega-cache; the same names on 2.9 to 2.13.
-from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
-
 from common.errors import ArtifactMismatchError
+from portable_cache import torch_private
 
 KIND = "kernel_files"
 BUILT_FOR = "built_for"
@@ -29,42 +28,32 @@ CODE_FEATURES = re.compile(
     r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
 )
 
-_recorded: dict[str, Path] = {}  # digest -> shared object that this process has loaded
+recorded: dict[str, Path] = {}  # digest -> shared object that this process has loaded
 prebuilt: dict[str, Path] = {}  # digest -> shared object that came with a bundle
 
 
-@CacheArtifactFactory.register
-class KernelFile(CacheArtifact):
+@torch_private.register_artifact
+class KernelFile(torch_private.CacheArtifact):
     """One shared object, its key "digest/folder/file"; or, first of all, BUILT_FOR."""
 
     def populate_cache(self) -> None:
-        # Private: the only way to ask for the default folder; the same modules on 2.9 to 2.13.
-        from torch._inductor.codecache import write_atomic
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
         if self.key == BUILT_FOR:
             check_runs_here(self.content)
             record()
         else:
             digest, _, name = self.key.partition("/")
-            prebuilt[digest] = Path(cache_dir()).resolve() / name
+            prebuilt[digest] = Path(torch_private.cache_dir()).resolve() / name
             # no reader ever sees half a file, nor a mapped one change
-            write_atomic(str(prebuilt[digest]), self.content, make_dirs=True)
+            torch_private.write_atomic(str(prebuilt[digest]), self.content, make_dirs=True)
 
     @staticmethod
     def type() -> str:
         return KIND
 
 
-def save_kernels() -> None:
-    """Put the kernels that this process loaded into the mega-cache that is saved next."""
-    if _recorded:
-        # first: it refuses before anything is written
-        built_for = f"{STACK}\n{' '.join(sorted(cpu_features()))}".encode()
-        CacheArtifactManager.record_artifact(KIND, BUILT_FOR, built_for)
-    for digest, path in _recorded.items():
-        key = "/".join((digest, *path.parts[-2:]))
-        CacheArtifactManager.record_artifact(KIND, key, path.read_bytes())
+def built_for() -> bytes:
+    """Return what this process's kernels need of another one's: its stack and its processor."""
+    return f"{STACK}\n{' '.join(sorted(cpu_features()))}".encode()
 
 
 def check_runs_here(built_for: bytes) -> None:
@@ -91,13 +80,17 @@ def cpu_features() -> set[str]:
 def record() -> None:
     """From now on remember each C++ kernel that is loaded, and answer with prebuilt ones.
 
-    Wraps the one door through which inductor's generated code gets its CPU kernels, the
-    private `CppPythonBindingsCodeCache.load_pybinding_async` (2.9 to 2.13; on 2.13 with two
-    more parameters). It returns a function that returns the kernel.
+    Wraps the one door through which inductor's generated code gets its CPU kernels. It returns a
+    function that returns the kernel.
     """
-    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+    with torch_private.losing("g++ compiles the C++ kernels of a traced graph at each load"):
+        # bound to its class, which is the base of others
+        bound, load_library = torch_private.load_cpp_kernel, torch_private.load_cpp_library
+        stock = bound.__func__
+        torch_private.replace("load_cpp_kernel", classmethod(_recording(stock, load_library)))
 
-    stock = Cache.load_pybinding_async.__func__
+
+def _recording(stock: Callable, load_library: Callable) -> Callable:
     signature = inspect.signature(stock)
 
     def load_pybinding_async(cls, *args, **kwargs):
@@ -113,14 +106,14 @@ def record() -> None:
             if get_kernel is None:
                 path = prebuilt[digest]
                 # The key only names the module; torch uses the file's stem too.
-                module = cls._load_library(str(path), path.name.partition(".")[0])
+                module = load_library.__func__(cls, str(path), path.name.partition(".")[0])
                 kernel = getattr(module, cls.entry_function)
             else:
                 kernel = get_kernel()
             # a builtin's self is its module
-            _recorded[digest] = Path(kernel.__self__.__file__)
+            recorded[digest] = Path(kernel.__self__.__file__)
             return kernel
 
         return load
 
-    Cache.load_pybinding_async = classmethod(load_pybinding_async)
+    return load_pybinding_async

@@ -6,7 +6,8 @@
 
 Given a mask, transformers' own SDPA path copies K and V once for each query head, and transformers
 4.57 builds that mask with vmap for every token. Here decode reads each KV head once, and its mask
-is the padding mask itself, which ends where the tokens end.
+is the padding mask itself, which ends where the tokens end. A layer with a sliding window keeps all
+slots like any other: its mask knows the window.
 """
 
 from collections.abc import Iterator
@@ -88,15 +89,22 @@ def mask(
     q_length: int | None = None,  # transformers 5, with the next two
     q_offset: int | Tensor = 0,
     device: torch.device | None = None,
+    local_size: int | None = None,  # of a sliding window: the query's own slot and those before
     **_: object,
 ) -> Tensor | None:
     """Return which slots a query sees, (batch, 1, query, slots) bool; None: causal from slot 0."""
     if cache_position is None:
         cache_position = torch.arange(q_length, device=device) + q_offset
-    if len(cache_position) > 1 and _unpadded.get():
+    length, tokens = len(cache_position), kv_length
+    if length > 1 and _unpadded.get() and length <= (local_size or length):
         return None
-    tokens = kv_length if attention_mask is None else attention_mask.shape[1]
-    if len(cache_position) == 1 and attention_mask is not None:
-        return pad(attention_mask, (0, kv_length - tokens))[:, None, None]
-    seen = torch.arange(tokens, device=cache_position.device) <= cache_position[:, None]
+    if attention_mask is not None:
+        tokens = attention_mask.shape[1]
+    if length == 1 and attention_mask is not None:
+        outside = max(tokens - local_size, 0) if local_size else 0
+        return pad(attention_mask[:, outside:], (outside, kv_length - tokens))[:, None, None]
+    slots = torch.arange(tokens, device=cache_position.device)
+    seen = slots <= cache_position[:, None]
+    if local_size:
+        seen &= slots > cache_position[:, None] - local_size
     return seen[None, None] if attention_mask is None else seen & attention_mask[:, None, None]

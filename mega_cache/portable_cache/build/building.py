@@ -1,9 +1,10 @@
-"""One build, top to bottom: warm up every cache length, save, verify, publish."""
+"""One build, top to bottom: compile the decode step, warm up every cache length, save, verify."""
 
+import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -15,11 +16,13 @@ from common.cli import Console
 from common.compiler import counts, toolchain
 from common.measure import report, trials
 from common.measure.measures import Stages, process_start
-from common.model.target import Target, choose_target
+from common.model.target import Target
 from common.model.tokenizer import TextCodec, load_codec
-from portable_cache import attention, bundle, decode_ahead, generation, hits, tensors, verification
-from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildSettings, CacheFileFlags
+from portable_cache import torch_private
+from portable_cache.build import export_step, saving, verify
+from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildFlags, CacheFileFlags, CompileFlags
 from portable_cache.recipe import recipe
+from portable_cache.start import attention, bundle, decode_step, generation, hits, tensors
 
 _VERIFY_TOKENS = 8
 
@@ -28,77 +31,95 @@ _VERIFY_TOKENS = 8
 class Builder:
     """What warm-up and verification work with."""
 
-    settings: BuildSettings
-    console: Console
     target: Target
+    flags: CompileFlags
+    seed: int  # of prompts
+    console: Console
     codec: TextCodec
     model: PreTrainedModel  # to compile
     eager: PreTrainedModel  # transformers' own, over the same weights
+    shortcomings: list[str] = field(default_factory=list)  # what was asked for and is not there
 
     def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
         """Raise ScriptError unless eager would have gone on like this."""
-        margin = verification.largest_margin(self.eager, prompt, token_ids)
+        margin = verify.largest_margin(self.eager, prompt, token_ids)
         what = f"a KV cache of {slots} slots"
-        verification.check_margin(what, margin, self.target.dtype)
+        verify.check_margin(what, margin, self.target.dtype)
 
 
-def build(settings: BuildSettings, console: Console) -> dict:
+def build(
+    target: Target, flags: CompileFlags, pair: ArtifactPair, what: BuildFlags, seed: int,
+    console: Console,
+) -> dict:  # fmt: skip
     """Warm up, write the artifact and its metadata, and return the build's result."""
     stages = Stages(process_start())
     stages.close("imports")
+    if untested := torch_private.beyond_tested():
+        console.warn(untested)
     bundle.check_caches_are_on()
-    bundle.configure()
-    bundle.watch()
-    target = choose_target(settings.shared, console)
-    toolchain.quieten(target.device, console)
     target.checkpoint.require_weights()
-    toolchain.prepare_toolchain(target.device, host_code=False, console=console)
+    bundle.configure(target.device)
+    toolchain.quieten(target.device, console)
+    # the decode step's host code is C++ on CUDA too
+    toolchain.prepare_toolchain(target.device, what.precompile, console)
     counts.watch_compilation()
     lookups = hits.watch_lookups()
     stages.close("device")
-    there = tensors.start_upload(target)()
-    model = generation.make_model(target, there, attention.NAME)
-    eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
-    builder = Builder(settings, console, target, load_codec(target.checkpoint), model, eager)
+    builder = make_builder(target, flags, seed, console)
     stages.close("weights")
-    warmed, steps, ahead = [], {}, settings.build.precompile
-    for slots, length in settings.compilation.cache_lengths().items():
-        generation.forget_compiled_state(model)
-        cache = generation.make_cache(model, slots)
+    step = compile_ahead(builder) if what.precompile else None
+    stages.close("export")
+    # from here on: the step's own kernels are in its library
+    saving.watch()
+    warmed = []
+    for slots, length in flags.cache_lengths().items():
+        torch_private.forget_compiled_state(builder.model)
+        cache = generation.make_cache(builder.model, slots)
         warmed.append(warm_up(builder, cache, slots, length))
-        if ahead and (step := compile_ahead(builder, cache)):
-            steps[slots] = step
-        ahead = slots in steps
-    saved = bundle.save_bundle({slots: step.content for slots, step in steps.items()})
+    saved = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
         schema=SCHEMA,
         approach=APPROACH,
         model=target.describe_model(),
         environment=report.environment(),
-        recipe=recipe(settings.compilation, target.device),
+        recipe=recipe(flags, target.device),
         file={},  # known once it is written
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
             "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
-            "decode_steps": {str(slots): step.contract for slots, step in steps.items()},
+            "decode_step": step.contract if step else None,
             "graphs": [asdict(lookup) for lookup in lookups],
-            "verified": settings.build.verify,
+            "verified": what.verify,
         },
     )
-    if settings.build.verify:
-        verify(builder, manifest, saved.blob)
+    if what.verify:
+        verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
-    written = asdict(write_artifact(settings.files.pair(), manifest, saved.blob))
+    written = asdict(write_artifact(pair, manifest, saved.blob))
     del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **written}
+    shortcomings = [*builder.shortcomings, *torch_private.lost]
+    return {
+        "kind": "build", "command": sys.argv, "stages": stages.seconds,
+        "shortcomings": shortcomings, **written,
+    }  # fmt: skip
+
+
+def make_builder(target: Target, flags: CompileFlags, seed: int, console: Console) -> Builder:
+    """Return the model twice over the same weights, to compile and as it is, and its tokenizer."""
+    there = tensors.start_upload(target)()
+    model = generation.make_model(target, there, attention.NAME)
+    generation.make_cache(model, 2)  # refused now, not after a compile
+    eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
+    codec = load_codec(target.checkpoint)
+    return Builder(target, flags, seed, console, codec, model, eager)
 
 
 def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     """Generate once from a prompt of `length` tokens; return what it took and compiled."""
-    model, seed, flags = builder.model, builder.settings.shared.seed, builder.settings.compilation
+    model, seed, flags = builder.model, builder.seed, builder.flags
     prompt = builder.codec.synthetic_prompt(length, seed)
     # the second one is the first that is decoded; the last takes no slot
     new_tokens = max(2, min(flags.decode_length, slots - length))
@@ -117,36 +138,37 @@ def warm_up(builder: Builder, cache: Cache, slots: int, length: int) -> dict:
     return {"slots": slots, "prompt": length, "seconds": seconds, **compiled}
 
 
-def compile_ahead(builder: Builder, cache: Cache) -> decode_ahead.SavedStep | None:
-    """Compile the decode step for this cache ahead of time, where this stack can."""
-    generation.forget_compiled_state(builder.model)
+def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
+    """Compile the decode step for every cache length ahead of time, where this stack can."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    began = time.monotonic()
     try:
-        mode = builder.settings.compilation.compile_mode
-        return decode_ahead.export(builder.model, cache, mode)
-    except decode_ahead.FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        builder.console.warn(f"no decode step compiled ahead, runs will trace: {reason[0]}")
+        with torch_private.fresh_entries():
+            step = export_step.export_step(builder.model, builder.flags, folder)
+    except errors.ScriptError as error:
+        builder.shortcomings.append(f"no decode step compiled ahead, runs will trace: {error}")
         return None
+    builder.console.say(f"  decode step compiled ahead in {time.monotonic() - began:.1f} s")
+    return step
 
 
-def verify(builder: Builder, manifest: Manifest, blob: bytes) -> None:
+def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
     """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
-    shared = builder.settings.shared
+    target, step = builder.target, manifest.details["decode_step"]
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         files = CacheFileFlags(Path(folder, "cache.bin"))
         write_artifact(files.pair(), manifest, blob)
         same = [
-            f"--model-id={shared.model_id}", f"--device={shared.device}", f"--dtype={shared.dtype}",
-            f"--seed={shared.seed}", f"--cache-path={files.cache_path}", "--trust-artifact",
-            "--load-artifacts", "--require-hit", "--ignore-eos",
+            f"--model-id={target.checkpoint.model_id}", f"--device={target.device}",
+            f"--dtype={target.dtype}", f"--seed={builder.seed}",
+            f"--cache-path={files.cache_path}", "--trust-artifact", "--load-artifacts",
+            "--require-hit", "--ignore-eos", "--precompile" if step else "--no-precompile",
         ]  # fmt: skip
-        lengths = builder.settings.compilation.cache_lengths()
+        lengths = builder.flags.cache_lengths()
         for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
-            prompt = builder.codec.synthetic_prompt(slots - new_tokens, shared.seed)
+            prompt = builder.codec.synthetic_prompt(slots - new_tokens, builder.seed)
             own = [f"--prompt-length={len(prompt)}", f"--max-new-tokens={new_tokens}"]
-            if str(slots) in manifest.details["decode_steps"]:
-                own.append("--precompile")
             outcome = trials.run_trial([str(RUN_SCRIPT), *same, *own])
             if not outcome.ok:
                 raise errors.ScriptError(f"the artifact does not hit: {outcome.error}")

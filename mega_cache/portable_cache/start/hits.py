@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from portable_cache import torch_private
+
 # how torch writes a part of a key
 _COMPONENT = re.compile(r"\[(?P<digest>[^\]]+)\] (?P<name>.*?): (?P<value>.*)", re.DOTALL)
 
@@ -26,28 +28,28 @@ class Lookup:
 @functools.cache
 def watch_lookups() -> list[Lookup]:
     """Return a list that grows with every look-up of this process: observed, nothing steered."""
-    # Private, 2.9 to 2.13. AOTAutograd's cache is asked first; at its hit and at a compile alike
-    # the FX graph's is, and what makes the one miss shows in the key of the other.
-    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
-    from torch._inductor.codecache import FxGraphCache
-
     lookups: list[Lookup] = []
-    stock_lookup, stock_load = AOTAutogradCache._lookup, FxGraphCache.load_with_key
+    with torch_private.losing("which graphs missed, and why, is not told"):
+        # AOTAutograd's cache is asked first; at its hit and at a compile alike the FX graph's is,
+        # and what makes the one miss shows in the key of the other
+        stock_lookup, stock_load = torch_private.look_up_autograd, torch_private.look_up_graph
 
-    def lookup(key, *args, **kwargs):
-        found = stock_lookup(key, *args, **kwargs)
-        lookups.append(Lookup("aot_autograd", key, found is not None, {}))
-        return found
+        def lookup(key, *args, **kwargs):
+            found = stock_lookup(key, *args, **kwargs)
+            lookups.append(Lookup("aot_autograd", key, found is not None, {}))
+            return found
 
-    def load_with_key(key, debug_lines, *args, **kwargs):
-        graph, info = stock_load(key, debug_lines, *args, **kwargs)
-        parts = [part for line in debug_lines if (part := _COMPONENT.fullmatch(line))]
-        components = {p["name"]: (p["digest"], " ".join(p["value"].split())[:80]) for p in parts}
-        lookups.append(Lookup("fx_graph", key, graph is not None, components))
-        return graph, info
+        def load_with_key(key, debug_lines, *args, **kwargs):
+            graph, info = stock_load(key, debug_lines, *args, **kwargs)
+            parts = [part for line in debug_lines if (part := _COMPONENT.fullmatch(line))]
+            components = {
+                p["name"]: (p["digest"], " ".join(p["value"].split())[:80]) for p in parts
+            }
+            lookups.append(Lookup("fx_graph", key, graph is not None, components))
+            return graph, info
 
-    AOTAutogradCache._lookup = staticmethod(lookup)
-    FxGraphCache.load_with_key = staticmethod(load_with_key)
+        torch_private.replace("look_up_autograd", staticmethod(lookup))
+        torch_private.replace("look_up_graph", staticmethod(load_with_key))
     return lookups
 
 
@@ -72,13 +74,17 @@ def _differences(run: Lookup, other: Lookup) -> list[str]:
     return differing
 
 
-def made_anew(counts: dict[str, int | None], kernels: Sequence[Path]) -> list[str]:
-    """Return one line for each kind of thing that was built in this process and not loaded."""
+def made_anew(counts: dict[str, int | None], kernels: Sequence[Path], may_trace: bool) -> list[str]:
+    """Return one line for each kind of thing that was made in this process and not loaded."""
     names = ", ".join(path.name for path in kernels[:5])
     kinds = {
+        "unique_graphs": "graphs traced",
+        "fxgraph_cache_miss": "graphs compiled",
         "kernels_compiled": f"kernels compiled ({names})",
         "kernels_tuned": "kernels tuned",
         "helpers_built": "C helpers built",
         "compile_workers": "pools of compile workers started",
     }
+    if may_trace:
+        del kinds["unique_graphs"]
     return [f"{counts[name]} {text}" for name, text in kinds.items() if counts.get(name)]

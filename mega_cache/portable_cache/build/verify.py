@@ -4,18 +4,20 @@ Two correct kernels round differently, so a token is right when eager's logits h
 have nothing that is better by more than rounding. Logits are compared with those in float32.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from common.cli import Console, EquivalenceFlags
+from common.cli import Console
 from common.errors import ScriptError
-from common.measure.measures import Stages, process_start
 from common.measure.report import logit_errors, logits_document
 from common.model.eager import load_model
-from portable_cache import serving
-from portable_cache.flags import APPROACH, RunSettings
+from common.model.target import Target
+from common.model.tokenizer import load_codec
+from portable_cache.flags import APPROACH
+from portable_cache.start import generation
+from portable_cache.start.opening import Opened
 
 # in standard deviations of the logits; a model whose attention is wrong is off by whole ones
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
@@ -46,37 +48,40 @@ def eager_logits(eager: PreTrainedModel, prompt: list[int], forced: list[int]) -
     return eager(ids, use_cache=False, logits_to_keep=len(forced)).logits[0].float().cpu()
 
 
-def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Console) -> dict:
+def compare_logits(
+    target: Target, opened: Opened, lengths: Sequence[int], steps: int, seed: int, console: Console
+) -> dict:
     """Return the errors of eager's and the artifact's logits, along what the latter generates."""
-    steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
-    loading = replace(settings.loading, load_artifacts=True)
-    longest = {"prompt_length": max(lengths), "max_new_tokens": steps, "ignore_eos": True}
-    wanted = replace(settings, loading=loading, prompt=replace(settings.prompt, **longest))
-    ready = serving.set_up(wanted, Stages(process_start()), console)
-    target, slots = ready.target, ready.compiler.artifact["slots"]
+    model, codec = opened.model, load_codec(target.checkpoint)
+    cache = opened.make_cache(max(lengths) + steps)
+    generation.configure_generation(model, opened.flags, steps)
+    generate = generation.make_generate(model, cache, seed)
     reference, eager = load_model(target, "float32"), load_model(target)
     rows = []
     for length in console.bar(lengths, "logits", "prompt"):
-        prompt = ready.codec.synthetic_prompt(length, settings.shared.seed)
-        forced = ready.generate(prompt, lambda token_id: None)
+        prompt = codec.synthetic_prompt(length, seed)
+        forced = generate(prompt, lambda token_id: None)
         expected = eager_logits(reference, prompt, forced)
         errors = {
             "eager": logit_errors(eager_logits(eager, prompt, forced), expected),
-            "load": logit_errors(generated_logits(ready, prompt, forced), expected),
+            "load": logit_errors(generated_logits(model, cache, prompt, forced), expected),
         }
         margin = largest_margin(eager, prompt, forced)
         rows.append({"prompt_length": length, "largest_margin": margin, **errors})
+    slots = opened.compiler.artifact["slots"]
     return logits_document(APPROACH, target.dtype, slots, steps, rows)
 
 
-def generated_logits(ready: serving.Ready, prompt: list[int], forced: list[int]) -> torch.Tensor:
+def generated_logits(
+    model: PreTrainedModel, cache: Cache, prompt: list[int], forced: list[int]
+) -> torch.Tensor:
     """Return the same of `generate`, as it decodes: (forced, vocab) float32 on the CPU."""
-    ready.cache.reset()
-    ids = torch.tensor([prompt], device=ready.model.device)  # (1, prompt) int64
-    output = ready.model.generate(
+    cache.reset()
+    ids = torch.tensor([prompt], device=model.device)  # (1, prompt) int64
+    output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=ready.cache,
+        **{generation.CACHE: cache},
         max_new_tokens=len(forced),
         prefix_allowed_tokens_fn=lambda _, so_far: [forced[len(so_far) - len(prompt)]],
         output_logits=True,  # as the model gave them, before that

@@ -1,0 +1,127 @@
+"""Load a mega-cache blob after whose load nothing is left to compile, tune or build.
+
+`torch.compiler.save_cache_artifacts()` stores compiled graphs. What a start would still do after a
+load of those is in the same blob (build/saving.py writes it):
+
+    tuned Triton kernels        inside the graphs themselves
+    Triton's C helper           an entry of torch's kind "autotune", which is a plain file
+    the decode step             the same (decode_step)
+    C++ kernels of CPU graphs   a kind of entry of our own (cpu_kernels)
+
+A plain `torch.compiler.load_cache_artifacts(blob)` works on the file too, under the settings of
+`configure`. Only where there are C++ kernels cpu_kernels must have been imported.
+A blob is code (pickles and native code): whoever calls `load_bundle` has decided to trust it.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from common.errors import ArtifactDamagedError, EnvironmentProblemError
+from portable_cache import torch_private
+from portable_cache.start import cpu_kernels
+
+DECODE_STEP = "decode_step/step.pt2"
+# Where torch looks for Triton's cache below its own, for the first device.
+_TRITON_HELPER = re.compile(r"triton/0/([A-Za-z0-9_-]{20,80}/cuda_utils[A-Za-z0-9_.-]*\.so)")
+# Entries become paths below the cache folder through torch's own code, which checks nothing.
+_KEYS = {
+    "inductor": re.compile(r"f[a-z2-7]{51}"),
+    "aot_autograd": re.compile(r"a[a-z2-7]{51}"),
+    "autotune": re.compile(rf"[\w-]+/[\w-][\w.-]*|{_TRITON_HELPER.pattern}", re.ASCII),
+    cpu_kernels.KIND: cpu_kernels.KEY,
+}
+
+# What is wrong with a blob is said in one line by us, not in a traceback by torch.
+logging.getLogger("torch.compiler._cache").setLevel(logging.ERROR)
+
+with torch_private.losing("a damaged artifact may be read for ever"):
+
+    class _BoundedReader(torch_private.BytesReader):
+        """Ends where torch's own reads on beyond a damaged blob's end, for ever."""
+
+        def read_uint64(self) -> int:
+            if self._i + 8 > len(self._data):
+                raise EOFError
+            return super().read_uint64()
+
+    torch_private.replace("BytesReader", _BoundedReader)
+
+
+class LoadedBundle(NamedTuple):
+    decode_step: bytes | None
+    restored: set[Path]  # kernels that don't count as compiled
+
+
+def check_caches_are_on() -> None:
+    """Raise EnvironmentProblemError where torch is told to keep and to look up no graphs."""
+    config = torch_private.config
+    if config.force_disable_caches or not config.fx_graph_cache:
+        off = "FORCE_DISABLE_CACHES=1" if config.force_disable_caches else "FX_GRAPH_CACHE=0"
+        raise EnvironmentProblemError(
+            f"torch's compiler caches are off (TORCHINDUCTOR_{off}), and a portable cache is made "
+            "of their entries: unset that variable"
+        )
+
+
+def configure(device: str) -> None:
+    """Set what is part of the compiler's keys, the same at a build and a start."""
+    row_sums = None
+    if device == "cpu":
+        with torch_private.losing("a CPU multiplies one row by each weight slowly"):
+            from portable_cache.start.row_sums import RowSums
+
+            row_sums = RowSums()
+    torch_private.configure(row_sums)
+
+
+def load_bundle(blob: bytes) -> LoadedBundle:
+    """Put the blob's entries into this process's caches and return what came.
+
+    Everything is checked before anything is written. Raises ArtifactDamagedError or
+    ArtifactMismatchError. `torch.compiler.load_cache_artifacts` is the same, but writes unchecked
+    names and answers a damaged blob with a log line and None.
+    """
+    entries = torch_private.CacheArtifactManager.deserialize(blob)
+    if entries is None:
+        raise ArtifactDamagedError(
+            f"{len(blob)} bytes that torch {torch.__version__} can't read as cache artifacts "
+            "(cut short, altered, or not such a file): build or copy it again"
+        )
+    _check(entries)
+    triton_root = Path(torch_private.triton_cache_dir(0)).resolve()
+    # Triton reads the variable when it is first used, and has a folder of its own without it
+    os.environ.setdefault("TRITON_CACHE_DIR", str(triton_root))
+    step, helpers, in_the_cache = None, {}, []
+    for entry in entries.get("autotune", ()):
+        if entry.key == DECODE_STEP:
+            step = entry.content
+        elif helper := _TRITON_HELPER.fullmatch(entry.key):
+            # where Triton looks: the user may have given it a folder of its own
+            helpers[triton_root / helper[1]] = entry.content
+        else:
+            in_the_cache.append(entry)
+    torch_private.CacheArtifactManager.populate_caches(entries | {"autotune": in_the_cache})
+    for path, content in helpers.items():
+        torch_private.write_atomic(str(path), content, make_dirs=True)
+    # Spare this process the pool of workers that any CUDA graph wakes, and whose end it would wait
+    # for: what must be compiled all the same is compiled in here. Not part of the cache's keys.
+    torch_private.config.compile_threads = 1
+    return LoadedBundle(step, restored={*cpu_kernels.prebuilt.values(), *helpers})
+
+
+def _check(entries: Mapping[str, list[Any]]) -> None:
+    """Raise unless every entry has a name that a build writes and its kernels run here."""
+    if not entries.get("inductor") or not all(entries.values()):
+        raise ArtifactDamagedError("the blob holds no compiled graph: build it again")
+    for kind, found in entries.items():
+        for entry in found:
+            if kind in _KEYS and not _KEYS[kind].fullmatch(entry.key):
+                raise ArtifactDamagedError(f"{kind} entry {entry.key!r} has a name no build writes")
+    if kernels := {entry.key: entry.content for entry in entries.get(cpu_kernels.KIND, ())}:
+        cpu_kernels.check_runs_here(kernels.get(cpu_kernels.BUILT_FOR, b""))

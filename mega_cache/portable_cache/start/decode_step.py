@@ -1,0 +1,208 @@
+"""The decode step of `generate` as a library that AOTInductor compiled: one, for every KV cache.
+
+The KV cache's tensors are inputs of the library and their slots a dynamic size; the weights are
+bound to it once, the model's own. A start with it traces nothing, runs no Inductor and checks no
+guards. What those protect from is said as plain data, the contract: made at the build, kept as JSON
+in the artifact's metadata, and compared at load (of_process) and at every call (of_call). torch,
+transformers and the GPU are compared with the whole artifact.
+"""
+
+import hashlib
+import json
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from common.errors import ArtifactMismatchError
+from portable_cache import torch_private
+from portable_cache.start import attention
+from portable_cache.start.cpu_kernels import cpu_features
+from portable_cache.start.generation import CACHE
+
+PREFIX = "model."  # of the weights' names in the library, whose module owns the model
+_SLOTS = "slots"  # stands for a size that differs from cache to cache
+
+
+class SavedStep(NamedTuple):
+    """A compiled decode step, and what has to hold wherever it is used."""
+
+    package: bytes  # a .pt2 without weights
+    contract: dict[str, Any]
+
+
+class StepMismatchError(ArtifactMismatchError):
+    """The decode step was built for something else; the message says found and expected."""
+
+
+class GraphedStep:
+    """A decode step as one CUDA graph over the addresses of weights, KV cache and its inputs."""
+
+    def __init__(self, run: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], state: list):
+        self.inputs = [tensor.clone() for tensor in inputs]
+        counters = {tensor: tensor.clone() for tensor in state if tensor.dim() == 0}
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            run(self.inputs + state)  # what libraries set up at a first call can't be captured
+            for tensor, before in counters.items():  # that call was no token
+                tensor.copy_(before)
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = run(self.inputs + state)  # (batch, 1, vocab), rewritten by every replay
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.logits
+
+
+def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutputWithPast]:
+    """Return a decode function for `generate` over the model's own weights.
+
+    What was saved is code: its origin must have been checked. Raises StepMismatchError before any
+    of it is loaded if it was built for something else. With CUDA graphs the first call with a KV
+    cache captures one.
+    """
+    contract = saved.contract
+    check(contract["process"], of_process(model))
+    if missing := sorted(set(contract["processor"]) - cpu_features()):
+        raise StepMismatchError(
+            f"the decode step was built for a processor with {', '.join(missing)}, which this one "
+            "lacks: rebuild on this machine"
+        )
+    with tempfile.TemporaryDirectory(prefix="llama-step-") as folder:
+        path = Path(folder, "step.pt2")
+        path.write_bytes(saved.package)
+        loader = _open_package(path, model.device)
+    own = weights_of(model) | {
+        name: torch.tensor(values, dtype=getattr(torch, dtype), device=model.device)
+        for name, (dtype, values) in contract["constants"].items()
+    }
+    bound = {name: own[name] for name in loader.get_constant_fqns()}
+    # at once, all of them, and not copied
+    loader.load_constants(bound, False, True, True)
+    graphs: weakref.WeakKeyDictionary[Cache, GraphedStep] = weakref.WeakKeyDictionary()
+
+    def run(tensors: list[Tensor]) -> Tensor:
+        return loader.run(tensors)[0]
+
+    def decode(**kwargs: Any) -> CausalLMOutputWithPast:
+        cache = kwargs.pop(CACHE)
+        check(contract["call"], of_call(kwargs, cache))
+        inputs, state = list(tensors_in(kwargs)), state_of(cache)
+        if not contract["cudagraphs"]:
+            logits = run(inputs + state)
+        else:
+            if cache not in graphs:
+                graphs[cache] = GraphedStep(run, inputs, state)
+            logits = graphs[cache](inputs)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+
+    decode.weights = bound  # the library holds their addresses only
+    return decode
+
+
+def _open_package(path: Path, device: torch.device) -> Any:
+    index = device.index if device.type == "cuda" else -1
+    # of the one model in it; without locks, which no CUDA graph can capture; one instance
+    return torch_private.PackageLoader(str(path), "model", True, 1, index)
+
+
+# ---- the contract --------------------------------------------------------------------------
+
+
+def check(built: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise StepMismatchError unless everything found is what the step was compiled for."""
+    for name, value in found.items():
+        if built.get(name) != value:
+            raise StepMismatchError(
+                f"the decode step was built with {name} {built.get(name)!r}, here it is {value!r}"
+            )
+
+
+def of_process(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what must hold of this process and its model, as JSON values."""
+    cuda = model.device.type == "cuda"
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        # what a checkpoint may change without changing what is computed
+        if name not in ("_name_or_path", "transformers_version", "architectures", "dtype")
+        and not name.endswith("_token_id")
+    }
+    # A tensor's first name is what differs when two of them are tied in one process and not in the
+    # other: the library has one weight for both, and would silently use the wrong one.
+    first_names: dict[int, str] = {}
+    weights = [
+        [name, *_form(tensor, None), first_names.setdefault(id(tensor), name)]
+        for name, tensor in weights_of(model).items()
+    ]
+    return {
+        # Inductor writes it into C++ kernels
+        "threads": None if cuda else torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "config": _digest(config),
+        "attention": _digest(Path(attention.__file__).read_text()),
+        "weights": _digest(weights),
+    }
+
+
+def of_call(kwargs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+    """Return what must hold of a decode call: the form of each argument and of the KV cache."""
+    slots = cache.layers[0].keys.shape[2]
+    layers = {
+        f"{type(layer).__name__} {_form(layer.keys, slots)} {_form(layer.values, slots)}"
+        for layer in cache.layers
+    }
+    return {name: _form(value, slots) for name, value in kwargs.items()} | {CACHE: sorted(layers)}
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return parameters and buffers under every name that the library may know them by."""
+    named = {}
+    for kind in (model.named_parameters, model.named_buffers):
+        named |= {PREFIX + name: tensor for name, tensor in kind(remove_duplicate=False)}
+    return named
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among a call's arguments; models with two kinds of layers give a dict."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors_in(inner)
+
+
+def state_of(cache: Cache) -> list[Tensor]:
+    """Return the tensors of a KV cache: keys, values, and in transformers 5 a count of tokens."""
+    return [
+        value
+        for layer in cache.layers
+        for _, value in sorted(vars(layer).items())
+        if isinstance(value, Tensor)
+    ]
+
+
+def _form(value: Any, slots: int | None) -> Any:
+    """Return what the step depends on: for a tensor its kind, for anything else the value."""
+    if isinstance(value, Tensor):
+        shape = [_SLOTS if size == slots else size for size in value.shape]
+        # strides say nothing in a dimension of size 1, so contiguity is compared in their place
+        return [shape, str(value.dtype), str(value.device), value.is_contiguous()]
+    if isinstance(value, Mapping):
+        return {name: _form(inner, slots) for name, inner in value.items()}
+    return value if isinstance(value, bool | int | float | str | None) else str(type(value))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
