@@ -110,7 +110,7 @@ def _compile(
         for name, tensor in constants.items()
     }
     options["aot_inductor.package_constants_in_so"] = False
-    # AOTInductor writes into this setting and leaves it so, and it is in the key of every graph that
+    # AOTInductor writes into this setting and leaves it so, and it is in the key of each graph that
     # is compiled later
     with torch_private.config.patch({"aot_inductor.metadata": {}}):
         path = torch_private.compile_package(
