@@ -18,6 +18,7 @@ from aotinductor.flags import (
     ShapeFlags,
 )
 from aotinductor.lengths import Bounds, Plan, make_bounds, override, parse_bounds
+from common.artifact.manifest import SCHEMA, Manifest
 from common.cli import (
     BenchmarkFlags,
     CompareFlags,
@@ -127,13 +128,16 @@ def shape_flags():
 
 
 def test_a_run_takes_device_and_dtype_from_the_package_unless_it_is_told():
-    plan = Plan(make_bounds(ShapeFlags()), {"device": "cpu"}, "float16")
-    found = plan.fill_in(SharedFlags())
+    def plan(recipe, **model):
+        built = Manifest(SCHEMA, "torch_export", model, {}, recipe, {}, 0.0, {})
+        return Plan(make_bounds(ShapeFlags()), built)
+
+    found = plan({"device": "cpu"}, dtype="float16").fill_in(SharedFlags())
     assert (found.device, found.dtype) == ("cpu", "float16")
     told = SharedFlags(device="cuda", dtype="bfloat16")
-    assert plan.fill_in(told) == told
-    for built, dtype in (({}, None), ({"device": "cuda"}, "complex64"), ({"device": 7}, "7")):
-        assert Plan(plan.bounds, built, dtype).fill_in(SharedFlags()) == SharedFlags()
+    assert plan({"device": "cpu"}, dtype="float16").fill_in(told) == told
+    for other in (plan({}), plan({"device": "cuda"}, dtype="complex64"), plan({"device": 7})):
+        assert other.fill_in(SharedFlags()) == SharedFlags()
 
 
 @given(shape_flags())
@@ -146,7 +150,7 @@ def test_bounds_survive_the_metadata(flags):
 def test_an_accepted_request_pads_to_lengths_the_graph_takes(flags, prompt, new, bucket_pad):
     bounds = make_bounds(flags)
     try:
-        Plan(bounds, {}).check_request(prompt, new, bucket_pad)
+        Plan(bounds, None, bucket_pad).check_request(prompt, new)
     except UsageError:
         return
     for length in {prompt, prompt + new - 1}:
@@ -171,10 +175,10 @@ def test_the_published_bounds_pad_to_eights_and_to_powers_of_two():
     ],
 )
 def test_a_request_out_of_bounds_names_the_limit_and_the_rebuild(prompt, new, words):
-    plan = Plan(make_bounds(ShapeFlags(min_seq_len=100)), {})
+    plan = Plan(make_bounds(ShapeFlags(min_seq_len=100)))
     with pytest.raises(UsageError, match=re.escape(words)):
-        plan.check_request(prompt, new, bucket_pad=False)
-    plan.check_request(2040, 8, bucket_pad=False)
+        plan.check_request(prompt, new)
+    plan.check_request(2040, 8)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import platform
 import pytest
 import torch
 
-from aotinductor.build.compile_package import portable_host_code
-from aotinductor.package import COMMON_LEVEL, instruction_set
+from aotinductor.build.compiler import portable_host_code
+from aotinductor.recipe import COMMON_LEVEL, machine_of
+from common import machine
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 here = torch.backends.cpu.get_cpu_capability()
@@ -43,5 +44,8 @@ def test_setting_ends_with_the_build():
 
 
 def test_recipe_names_the_level_of_what_is_compiled():
-    assert instruction_set(CUDA) == COMMON_LEVEL
-    assert instruction_set(CPU) == here
+    assert machine_of("cuda") == {
+        "device": "cuda", "cpu_capability": COMMON_LEVEL, "cpu_features": None,
+    }  # fmt: skip
+    assert machine_of("cpu")["cpu_capability"] == here
+    assert set(machine_of("cpu")["cpu_features"]) == machine.cpu_features() > {"avx2", "fma"}

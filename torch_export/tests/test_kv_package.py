@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import FOLDER, run_script, succeeded
+from helpers import FOLDER, run_script
 from pairing import OTHER, QUIET, Pairing, build, run_limited
 from safetensors.torch import load_file, save_file
 
@@ -162,13 +162,6 @@ def test_a_checkpoint_without_a_tensor_is_refused(kv_package, shared_folders, tm
     assert "1 missing, model.norm.weight" in done.stderr.splitlines()[-1]
 
 
-def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):
-    flags = [*SHORT, f"--model-id={other_checkpoint}", f"--package-path={kv_package}"]
-    done = run_script(RUN, *flags)
-    assert done.status == 4
-    assert "layer_digest: built with" in done.stderr
-
-
 def test_embedded_weights_are_used_where_they_lie(halved, other_checkpoint, tmp_path):
     pairing = Pairing(halved, other_checkpoint)
     weight_bytes = pairing.weight_bytes // 2  # they are stored in float32
@@ -195,23 +188,17 @@ def test_bfloat16_leaves_eagers_choice_at_near_ties_alone(halved, other_checkpoi
             assert len(tokens) == NEW_TOKENS
             logits = pairing.eager_logits(prompt.token_ids, tokens)
             chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            # in standard deviations of the logits; the tenth best is 0.3 to 1 behind the best
+            # in standard deviations of the logits: the second is 0.2 to 0.3 behind on average
             behind = (logits.max(-1).values - chosen) / logits.std(-1)
             assert behind.max() <= 0.15, library
             assert (behind == 0).float().mean() >= 0.8, library
 
 
-def test_compare_skips_by_compiling_the_same_graphs(kv_package, tmp_path):
-    result = tmp_path / "compare.json"
-    flags = ["--compare-load-vs-skip", "--compare-runs=1", f"--json={result}"]
-    succeeded(run_script(RUN, *TINY, *SHORT, f"--package-path={kv_package}", *flags))
-    document = json.loads(result.read_text())
-    assert document["outputs_identical"] is True
-    summary = document["summary"]
-    assert summary["unique_graphs"]["load"]["max"] == 0
-    assert summary["unique_graphs"]["skip"]["min"] >= 2
-    assert summary["kernels_compiled"]["skip"]["min"] >= 1
-    assert summary["total"]["benefit"] >= 3
+def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):
+    flags = [*SHORT, f"--model-id={other_checkpoint}", f"--package-path={kv_package}"]
+    done = run_script(RUN, *flags)
+    assert done.status == 4
+    assert "layer_digest: built with" in done.stderr
 
 
 @pytest.mark.parametrize(
