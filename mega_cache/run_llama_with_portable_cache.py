@@ -19,6 +19,7 @@ from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSe
 
 if TYPE_CHECKING:
     from common.model.checkpoint import Checkpoint
+    from common.model.tokenizer import TextCodec
     from portable_cache.start.generation import Generate
     from portable_cache.start.opening import Opened
 
@@ -37,15 +38,18 @@ def main(argv: Sequence[str]) -> None:
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches():
         document = run(settings, console)
+    if document is None:  # a conversation
+        return
     report.write_json(document, settings.shared.json)
     if settings.loading.require_hit and document["misses"]:
         raise ArtifactMismatchError("not everything hit: " + " | ".join(document["misses"]))
 
 
-def run(settings: RunSettings, console: Console) -> dict:
-    """Open the model, serve every request, and return the run's result."""
+def run(settings: RunSettings, console: Console) -> dict | None:
+    """Open the model, serve every request, and return the run's result; a conversation has none."""
     # imported here: --help answers without torch, and bad flags without its seconds
     from common.measure import requests
+    from common.model.conversation import wants_conversation
     from common.model.target import choose_target
     from common.model.tokenizer import load_codec, prompts_of
     from portable_cache.start.opening import known_checkpoint, open_model
@@ -57,13 +61,16 @@ def run(settings: RunSettings, console: Console) -> dict:
     target = choose_target(settings.shared, console, known)
     opened = open_model(target, pair, settings.wanted(), console, stages.close)
     codec = load_codec(target.checkpoint)
+    if wants_conversation(settings.prompt):
+        return talk(settings, target.checkpoint, opened, codec)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     buckets = loading.buckets(opened.flags)
 
     def padded(prompt: list[int]) -> int:
         return min((bucket for bucket in buckets if bucket >= len(prompt)), default=len(prompt))
 
-    generate = prepare_requests(settings, target.checkpoint, opened, prompts, padded)
+    tokens = max(map(padded, prompts)) + settings.prompt.max_new_tokens
+    generate = prepare_requests(settings, target.checkpoint, opened, tokens, padded)
     stages.close("compile")
     compiler = opened.compiler
     document = requests.serve_requests(
@@ -78,11 +85,33 @@ def run(settings: RunSettings, console: Console) -> dict:
     return document
 
 
+def talk(
+    settings: RunSettings, checkpoint: "Checkpoint", opened: "Opened", codec: "TextCodec"
+) -> None:
+    """Hold a conversation in the longest KV cache that is warmed."""
+    from common.model.conversation import converse
+
+    if settings.shared.json:
+        raise UsageError("--json keeps a run's result, and a conversation has none: ask --prompt")
+    new_tokens, longest = settings.prompt.max_new_tokens, max(opened.flags.cache_lengths())
+    generate = prepare_requests(settings, checkpoint, opened, longest, len)
+
+    def answer(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
+        if len(prompt) + new_tokens > longest:
+            raise UsageError(
+                f"{len(prompt)} tokens so far and --max-new-tokens {new_tokens} more: the longest "
+                f"KV cache has {longest} slots; start a new conversation"
+            )
+        return generate(prompt, on_token)
+
+    converse(codec, answer)
+
+
 def prepare_requests(
-    settings: RunSettings, checkpoint: "Checkpoint", opened: "Opened",
-    prompts: list[list[int]], padded: Callable[[list[int]], int],
+    settings: RunSettings, checkpoint: "Checkpoint", opened: "Opened", tokens: int,
+    padded: Callable[[list[int]], int],
 ) -> "Generate":  # fmt: skip
-    """Return how a prompt is served, over one KV cache that holds the longest."""
+    """Return how a prompt is served, over one KV cache that holds so many tokens."""
     from portable_cache.start import generation
 
     choices, new_tokens = {}, settings.prompt.max_new_tokens
@@ -92,7 +121,7 @@ def prepare_requests(
         choices |= {"do_sample": True, **vars(settings.sampling)}
     flags = opened.flags if opened.compiler else None
     generation.configure_generation(opened.model, flags, new_tokens, **choices)
-    cache = opened.make_cache(max(map(padded, prompts)) + new_tokens)
+    cache = opened.make_cache(tokens)
     return generation.make_generate(opened.model, cache, settings.shared.seed, padded)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.artifact.manifest import Difference, Manifest, differences
-from common.measure.report import environment
+from common.machine import environment
 from common.model.target import Target
 from portable_cache.flags import APPROACH, CompileFlags
 

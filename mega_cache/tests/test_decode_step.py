@@ -43,6 +43,11 @@ def test_tokens_equal_eager_with_every_cache(length, slots, artifact, eager_toke
     assert document["output"]["token_ids"] == eager_tokens(length, NEW_TOKENS)
 
 
+def test_the_graphs_of_a_build_that_compiles_ahead_hit_when_they_are_traced(artifact, tmp_path):
+    flags = ["--no-precompile", "--require-hit", "--prompt-length=40"]
+    assert succeeded(run(artifact, tmp_path, *flags)).result["compile"]["fxgraph_cache_hit"] == 1
+
+
 def test_sampling_with_a_seed_is_that_of_the_ordinary_compiled_path(artifact, tmp_path):
     flags = ["--temperature=0.8", "--seed=3", "--prompt-length=20", "--load-artifacts"]
     ahead = succeeded(run(artifact, tmp_path, "--precompile", *flags)).result

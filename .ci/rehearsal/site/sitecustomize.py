@@ -80,18 +80,22 @@ def watch_own_graphs(module):
 
 def keep_sources(module):
     """Have a package with a KV cache carry the source of each program, to be read."""
-    stock = module.write_package
+    strip, write, compiled = module.stripped, module.write_package, {}
+
+    def stripped(library, folder):
+        copy = strip(library, folder)
+        compiled[copy] = library
+        return copy
 
     def write_package(path, entries, *rest):
-        libraries = {name: file for name, file in entries.items() if name.startswith("programs/")}
         sources = {
-            name.removesuffix(".so") + ".cpp": file.with_suffix(".cpp")
-            for name, file in libraries.items()
-            if name.endswith(".so")
+            name.removesuffix(".so") + ".cpp": compiled[file].with_suffix(".cpp")
+            for name, file in entries.items()
+            if file in compiled
         }
-        stock(path, entries | sources, *rest)
+        write(path, entries | sources, *rest)
 
-    module.write_package = write_package
+    module.stripped, module.write_package = stripped, write_package
 
 
 if "REHEARSAL_CALLS" in os.environ:

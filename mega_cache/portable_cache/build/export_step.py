@@ -109,11 +109,13 @@ def _compile(
         name: [str(tensor.dtype).removeprefix("torch."), tensor.tolist()]
         for name, tensor in constants.items()
     }
-    path = torch_private.compile_package(
-        program,
-        package_path=str(folder / "step.pt2"),
-        inductor_configs=options | {"aot_inductor.package_constants_in_so": False},
-    )
+    options["aot_inductor.package_constants_in_so"] = False
+    # AOTInductor writes into this setting and leaves it so, and it is in the key of each graph that
+    # is compiled later
+    with torch_private.config.patch({"aot_inductor.metadata": {}}):
+        path = torch_private.compile_package(
+            program, package_path=str(folder / "step.pt2"), inductor_configs=options
+        )
     return SavedStep(Path(path).read_bytes(), contract)
 
 

@@ -1,14 +1,10 @@
 """One start, top to bottom: load the artifact, make the model, hand it the decode step."""
 
 import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +14,7 @@ from common.artifact.disk import ArtifactPair
 from common.artifact.store import fetch
 from common.cli import Console
 from common.compiler import toolchain
+from common.compiler.caches import private_compiler_caches
 from common.errors import ScriptError
 from common.model.target import Target
 from portable_cache import torch_private
@@ -46,10 +43,10 @@ def open_model(
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Opened:  # fmt: skip
     """Bring model and artifact into this process; `on_stage` is called as each stage ends."""
-    torch.empty(1, device=target.device)  # opens the device
-    on_stage("device")
     toolchain.quieten(target.device, console)
     target.checkpoint.require_weights()
+    torch.empty(1, device=target.device)  # opens the device
+    on_stage("device")
     weights_there = tensors.start_upload(target)
     on_stage("weights")
     # late: the weights are on their way meanwhile
@@ -83,6 +80,12 @@ def open_model(
     )
 
 
+def known_checkpoint(pair: ArtifactPair) -> dict[str, Any] | None:
+    """Return what an artifact's metadata says of its checkpoint, for `choose_target`."""
+    built = disk.peek_manifest(pair)
+    return built and built.details.get("checkpoint")
+
+
 @contextmanager
 def _or_compile(insists: bool, console: Console) -> Iterator[None]:
     """Within, an artifact that can't be loaded is one warning where nobody insists on it."""
@@ -112,17 +115,7 @@ def _choose_artifact(
 
 
 def own_compiler_caches() -> None:
-    """Give this process compiler caches that nobody else can write to, until it ends.
-
-    Those that the user names in the environment are kept.
-    """
-    folder = tempfile.mkdtemp(prefix="llama-compile-")  # mode 0700
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        os.environ.setdefault(name, str(Path(folder, name.partition("_")[0].lower())))
-
-
-def known_checkpoint(pair: ArtifactPair) -> dict[str, Any] | None:
-    """Return what the artifact at hand says of the checkpoint that it was built from."""
-    built = disk.peek_manifest(pair)
-    return built.details.get("checkpoint") if built else None
+    """Give this process compiler caches that nobody else can write to, until it ends."""
+    until_the_end = ExitStack()
+    until_the_end.enter_context(private_compiler_caches())
+    atexit.register(until_the_end.close)
