@@ -134,10 +134,12 @@ def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings
     # imported here: most starts find their package where it was built
     from common.artifact import manifest, store
 
-    target = choose_target(settings.shared, Console(quiet=True))
     asked = settings.shape.given
 
     def fits(built: manifest.Manifest) -> list[manifest.Difference]:
+        # transformers need not be asked what a package was built from
+        known = built.details.get("checkpoint")
+        target = choose_target(settings.shared, Console(quiet=True), known)
         library = choose_library("auto", built.details)
         return find_differences(built, target, library) + manifest.differences(
             built.recipe, asked, asked
