@@ -34,15 +34,18 @@ OTHER = CONFIGS["random:tiny"] | {
 }
 
 
-def build(package: Path, *flags: str) -> Finished:
-    """Build a package without tuning: the graph is the same.
+def shared_compiler_cache() -> dict[str, str]:
+    """Return what a build is given to share the compiler's probes of this machine with others.
 
-    The compiler's probes of this machine and its precompiled headers are shared by all such builds:
-    15 s of each.
+    Those and its precompiled headers take 15 s each.
     """
-    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{os.environ['LLAMA_PRESETS']}/compiler"}
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{os.environ['LLAMA_PRESETS']}/compiler"}
+
+
+def build(package: Path, *flags: str) -> Finished:
+    """Build a package without tuning: the graph is the same."""
     own = ("--device=cpu", "--no-max-autotune", f"--package-path={package}", *flags)
-    return succeeded(run_script("build_llama_aotinductor.py", *own, **cache))
+    return succeeded(run_script("build_llama_aotinductor.py", *own, **shared_compiler_cache()))
 
 
 @dataclass(frozen=True)

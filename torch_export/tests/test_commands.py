@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import run_command, run_script, run_wrapper, succeeded
+from pairing import shared_compiler_cache
 
 from common.cli import Console
 from common.measure.measures import MEASURES
@@ -128,7 +129,7 @@ script.run_script(script.main, sys.argv[1:])
     flags = ["--model-id=random:tiny", "--device=cpu", "--no-max-autotune", "--no-embed-weights"]
     flags += ["--no-dynamic-seq-len", "--example-seq-len=8"]
     flags += [f"--package-path={tmp_path / package.name}"]
-    done = run_command([sys.executable, "-c", strict, *flags])
+    done = run_command([sys.executable, "-c", strict, *flags], **shared_compiler_cache())
     assert done.status == 1, done.stderr
     assert "the package's logits are not the model's" in done.stderr.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in old} == old
