@@ -237,6 +237,7 @@ class _Assembly:
 
     def _open(self, programs: list[str]):
         """Open the libraries and the programs; return those, and where their kernels lie."""
+        machine.spin_less()  # libgomp reads it when it is loaded
         device = self.target.device
         if self.library == LIBTORCH:
             whole = not self.package.has(RUNTIME)
