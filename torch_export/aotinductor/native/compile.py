@@ -1,5 +1,6 @@
 """The native libraries that a package of a KV cache carries, compiled where it is built."""
 
+import hashlib
 import os
 import platform
 import re
@@ -56,8 +57,11 @@ def _compiler() -> str:
 def _compile(inputs: list[str], library: Path) -> None:
     # the level that packages are built for, whatever the building machine has beyond it
     level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
-    # by this name the loader knows a library that was opened before the programs that need it
-    name = f"-Wl,-soname,{library.name}"
+    # By this name the loader knows a library that was opened before the programs that need it. Of
+    # its sources: two packages in one process have each their own, unless it is the same.
+    sources = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[chi]*")))
+    digest = hashlib.sha256(sources).hexdigest()[:12]
+    name = f"-Wl,-soname,{library.stem}.{digest}.so"
     command = [_compiler(), *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *inputs]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=_FOLDER)
     if ended.returncode != 0:
