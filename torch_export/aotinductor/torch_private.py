@@ -68,7 +68,8 @@ def flash_attention(
     `torch.nn.attention.sdpa_kernel` is the public way to choose, and has no effect on a graph: the
     choice is made while it is lowered.
     """
-    flash = find("torch.ops", "aten._scaled_dot_product_flash_attention")
+    # by its name: this is traced, and a look-up as `find` makes it cannot be
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(q, k, v, is_causal=True, scale=scale)[0]
 
 
