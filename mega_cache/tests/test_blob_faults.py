@@ -136,7 +136,7 @@ def test_switched_off_caches_are_no_silent_recompile(variable, subject):
 
 
 def test_the_caches_of_a_run_are_its_own_and_gone_afterwards(monkeypatch):
-    from common.measure.trials import private_compiler_caches
+    from common.compiler.caches import private_compiler_caches
 
     for name in CACHE_VARIABLES:
         monkeypatch.delenv(name, raising=False)

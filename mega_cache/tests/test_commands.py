@@ -70,7 +70,7 @@ def test_cuda_is_refused_where_there_is_none():
         pytest.skip("this machine has a GPU")
     done = run_script(RUN, "--device=cuda")
     assert done.status == 5
-    assert "sees no CUDA GPU" in done.stderr
+    assert "no CUDA GPU is to be seen" in done.stderr
 
 
 def test_a_reader_that_stops_early_is_no_crash():

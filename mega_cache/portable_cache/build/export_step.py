@@ -126,7 +126,8 @@ def export(model: PreTrainedModel, call: DecodeCall, slots: int) -> torch.export
     """
     inputs, state = list(tensors_in(call.arguments)), state_of(call.cache)
     length = torch.export.Dim("slots", min=2, max=2**20)
-    shapes = [{i: length for i, n in enumerate(one.shape) if n == slots} for one in inputs]
+    places = [decode_step.slot_dimension(one, slots) for one in inputs]
+    shapes = [{} if at is None else {at: length} for at in places]
     shapes += [{2: length} if one.dim() == 4 else {} for one in state]  # K or V, or a count
     # non-strict: the step's Python runs as it is, and Dynamo is not asked
     return torch.export.export(

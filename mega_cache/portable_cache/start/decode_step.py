@@ -193,10 +193,23 @@ def state_of(cache: Cache) -> list[Tensor]:
     ]
 
 
+def slot_dimension(tensor: Tensor, slots: int) -> int | None:
+    """Return the dimension that counts a KV cache's slots: of keys, values and masks; else None.
+
+    Other sizes may be equal to it: a head's, say.
+    """
+    sizes = tensor.shape
+    if len(sizes) == 4 and sizes[2] == slots:  # (batch, heads, slots, head_dim)
+        return 2
+    return len(sizes) - 1 if sizes and sizes[-1] == slots else None
+
+
 def _form(value: Any, slots: int | None) -> Any:
     """Return what the step depends on: for a tensor its kind, for anything else the value."""
     if isinstance(value, Tensor):
-        shape = [_SLOTS if size == slots else size for size in value.shape]
+        shape: list[Any] = list(value.shape)
+        if slots is not None and (at := slot_dimension(value, slots)) is not None:
+            shape[at] = _SLOTS
         # strides say nothing in a dimension of size 1, so contiguity is compared in their place
         return [shape, str(value.dtype), str(value.device), value.is_contiguous()]
     if isinstance(value, Mapping):
