@@ -12,7 +12,10 @@ from common.errors import EnvironmentProblemError, writing
 
 STEPS, RUNTIME, OPENMP = "libllama_steps.so", "libllama_runtime.so", "libgomp.so.1"
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi",
+    "-Wl,-Bsymbolic",  # a library calls its own functions, also where libtorch's come first
+)  # fmt: skip
 RUNTIME_SOURCES = {
     "cpu": ("runtime.cpp", "handles.cpp", "products.cpp", "attention.cpp"),
     "cuda": ("runtime_cuda.cpp", "handles.cpp"),
