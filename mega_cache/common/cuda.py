@@ -214,10 +214,6 @@ class Stream:
         """Return when all that is queued has been done."""
         runtime().cudaStreamSynchronize(self.handle)
 
-    def wait_for(self, event: "Event") -> None:
-        """Have what is queued from now on wait for the event, not the host."""
-        runtime().cudaStreamWaitEvent(self.handle, event.handle, 0)
-
     @contextmanager
     def capture(self, graph: "Graph") -> Iterator[None]:
         """Record what is queued inside, instead of doing it."""

@@ -17,7 +17,7 @@ from common.measure import requests
 from common.measure.measures import Stages, process_start
 from common.model.conversation import converse, wants_conversation
 from common.model.target import choose_target
-from common.model.tokenizer import prompts_of
+from common.model.tokenizer import TokenStreamer, prompts_of
 
 
 def run(settings: RunSettings, console: Console) -> dict | None:
@@ -102,7 +102,7 @@ def serve_without_package(
     limits = (settings.prompt.max_new_tokens, stop_ids, settings.sampling, settings.shared.seed)
 
     def generate(prompt: list[int], on_token: Callable[[int], None]) -> list[int]:
-        streamer = requests.TokenStreamer(on_token)
+        streamer = TokenStreamer(on_token)
         return runtime_compile.generate_eagerly(model, prompt, *limits, streamer)
 
     return generate, None

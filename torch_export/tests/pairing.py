@@ -14,9 +14,9 @@ from aotinductor.flags import RunSettings
 from aotinductor.serving import open_run
 from common.artifact.manifest import parse_manifest
 from common.cli import Console, SamplingFlags, parse_flags
-from common.measure.requests import TokenStreamer
 from common.model.eager import load_model
 from common.model.presets import CONFIGS
+from common.model.tokenizer import TokenStreamer
 
 NEW_TOKENS = 16
 QUIET = Console(quiet=True)

@@ -1,13 +1,9 @@
 """A conversation on a terminal: a line is a turn, the chat template keeps the turns."""
 
 import sys
-from collections.abc import Callable
 
 from common.cli import PromptFlags
-from common.model.tokenizer import TextCodec, text_printer
-
-# (prompt's token ids, on_token) -> new token ids
-Generate = Callable[[list[int], Callable[[int], None]], list[int]]
+from common.model.tokenizer import Generate, TextCodec, text_printer
 
 
 def wants_conversation(flags: PromptFlags) -> bool:

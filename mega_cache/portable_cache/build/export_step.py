@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from common.errors import ScriptError
+from common.machine import cpu_features
 from portable_cache import torch_private
 from portable_cache.flags import CompileFlags
 from portable_cache.start import decode_step
-from portable_cache.start.cpu_kernels import cpu_features
 from portable_cache.start.decode_step import SavedStep, state_of, tensors_in
 from portable_cache.start.generation import CACHE, configure_generation, make_cache
 

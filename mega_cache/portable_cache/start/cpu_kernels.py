@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from common.errors import ArtifactMismatchError
+from common.machine import cpu_features
 from portable_cache import torch_private
 
 KIND = "kernel_files"
@@ -23,10 +24,6 @@ BUILT_FOR = "built_for"
 STACK = f"torch {torch.__version__} for {sysconfig.get_config_var('SOABI')}"
 # a digest of the source, and torch's name: a hash, two of whose letters are the folder
 KEY = re.compile(rf"{BUILT_FOR}|[0-9a-f]{{64}}/[a-z2-7]{{2}}/c[a-z2-7]{{51}}\.main\.so")
-# What g++ -march=native may use (inductor passes it); other words of /proc/cpuinfo don't matter.
-CODE_FEATURES = re.compile(
-    r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
-)
 
 recorded: dict[str, Path] = {}  # digest -> shared object that this process has loaded
 prebuilt: dict[str, Path] = {}  # digest -> shared object that came with a bundle
@@ -66,14 +63,6 @@ def check_runs_here(built_for: bytes) -> None:
             f"C++ kernels built for a processor with {', '.join(missing)}, which this one lacks: "
             "rebuild on this machine"
         )
-
-
-def cpu_features() -> set[str]:
-    """Return the instruction-set extensions of this processor; empty where unknown."""
-    found = re.search(r"^(flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    words = found[2].split() if found else ()
-    # aarch64 lists nothing but extensions
-    return {word for word in words if found[1] == "Features" or CODE_FEATURES.match(word)}
 
 
 @functools.cache

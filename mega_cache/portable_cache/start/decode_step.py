@@ -21,9 +21,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.errors import ArtifactMismatchError
+from common.machine import cpu_features
 from portable_cache import torch_private
 from portable_cache.start import attention
-from portable_cache.start.cpu_kernels import cpu_features
 from portable_cache.start.generation import CACHE
 
 PREFIX = "model."  # of the weights' names in the library, whose module owns the model

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from common.errors import UsageError
 from common.model.resolve import read_config
 from common.model.target import Target
+from common.model.tokenizer import Generate, TokenStreamer
 from portable_cache import torch_private
 from portable_cache.flags import DYNAMIC, CompileFlags
 from portable_cache.start import attention
@@ -24,24 +25,6 @@ from portable_cache.start import attention
 # how this transformers calls a KV cache, as an argument and in an output: `cache` from 5.24 on
 CACHE = "cache" if "cache" in vars(CausalLMOutputWithPast()) else "past_key_values"
 STOCK_ATTENTION = "sdpa"  # of the eager mode, which is what one would run without a compiler
-
-# (prompt's token ids, on_token) -> new token ids, a stop token included
-Generate = Callable[[list[int], Callable[[int], None]], list[int]]
-
-
-class _Streamer:
-    """A streamer of `generate` that hands on each new token as it reaches the host."""
-
-    def __init__(self, on_token: Callable[[int], None]):
-        self._on_token, self._prompt_seen = on_token, False
-
-    def put(self, value: torch.Tensor) -> None:  # the prompt first, then each new token
-        if self._prompt_seen:
-            self._on_token(int(value))
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def make_model(
@@ -161,7 +144,7 @@ def make_generate(
             output = model.generate(
                 torch.tensor([ids], device=model.device),  # (1, padded length) int64
                 attention_mask=torch.tensor([mask], device=model.device),  # the same shape
-                streamer=_Streamer(on_token),
+                streamer=TokenStreamer(on_token),
                 **{CACHE: cache},
             )  # (1, padded length + new tokens) int64
         return output[0, len(ids) :].tolist()

@@ -12,31 +12,10 @@ from common.machine import environment
 from common.measure import measures
 from common.model.stored import item_bytes
 from common.model.target import Target
-from common.model.tokenizer import TextCodec, text_printer
+from common.model.tokenizer import Generate, TextCodec, text_printer
 
 if TYPE_CHECKING:
     from common.compiler.counts import Watch
-
-# (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
-# each one as it reaches the host
-Generate = Callable[[list[int], Callable[[int], None]], list[int]]
-
-
-class TokenStreamer:
-    """A `generate` streamer that hands on each new token."""
-
-    def __init__(self, on_token: Callable[[int], None]):
-        self._on_token = on_token
-        self._prompt_seen = False
-
-    def put(self, value) -> None:
-        # generate hands over the prompt first, then each new token, copied to the host
-        if self._prompt_seen:
-            self._on_token(int(value))
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def serve_requests(

@@ -21,6 +21,9 @@ from common.model.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# (prompt's token ids, on_token) -> new token ids, a stop token included; `on_token` is called with
+# each one as it reaches the host
+Generate = Callable[[list[int], Callable[[int], None]], list[int]]
 Messages = Sequence[dict[str, str]]  # {"role": ..., "content": ...}
 
 # tokens of the end of a text that are decoded again for each new one: what a token becomes depends
@@ -295,3 +298,18 @@ def _chat_environment():
     environment.filters["tojson"] = as_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     return environment
+
+
+class TokenStreamer:
+    """A streamer of transformers' `generate` that hands on each new token."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self._on_token, self._prompt_seen = on_token, False
+
+    def put(self, value: Any) -> None:  # the prompt first, then each new token, on the host
+        if self._prompt_seen:
+            self._on_token(int(value))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
