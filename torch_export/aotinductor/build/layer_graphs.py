@@ -46,6 +46,7 @@ PARTS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 EMBEDDING = "model.embed_tokens.weight"
 
 Tensors = Mapping[str, Tensor]
@@ -134,19 +135,19 @@ class PrefillLayer(LayerProgram):
         hidden, kind = given["hidden"], self.kind
         padded = hidden.shape[1]
         rotation, places = given["rope"][:, :padded], torch.arange(padded, device=hidden.device)
-        normed = rms_norm(hidden, given, "input_layernorm", kind.eps)
+        normed = rms_norm(hidden, given["input_layernorm.weight"], kind.eps)
         q, k, v = (
             split_heads(linear(normed, given, f"self_attn.{name}_proj"), kind.head_dim)
             for name in "qkv"
         )  # (1, heads, padded, head_dim)
-        q = rotate(head_norm(q, given, "self_attn.q_norm", kind.eps), rotation)
-        k = rotate(head_norm(k, given, "self_attn.k_norm", kind.eps), rotation)
+        q, k = head_norms(q, k, [given[name] for name in HEAD_NORMS if name in given], kind.eps)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         given["keys"].index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
         given["values"].index_copy_(0, places, v.transpose(1, 2).flatten(2)[0])
         # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
         seen = causal_attention(q, k, v, kind.scaling).transpose(1, 2).flatten(2)
         attended = hidden + linear(seen, given, "self_attn.o_proj")
-        normed = rms_norm(attended, given, "post_attention_layernorm", kind.eps)
+        normed = rms_norm(attended, given["post_attention_layernorm.weight"], kind.eps)
         gate, up = (linear(normed, given, f"mlp.{name}_proj") for name in ("gate", "up"))
         hidden.copy_(attended + linear(kind.activate(gate) * up, given, "mlp.down_proj"))
 
@@ -162,15 +163,12 @@ class DecodeLayer(LayerProgram):
     state = ("row", "position", "rope", "keys", "values")
 
     def run(self, given: Tensors) -> None:
-        row, keys, kind = given["row"], given["keys"], self.kind
+        row, kind = given["row"], self.kind
         projections = [f"self_attn.{name}_proj" for name in "qkv"]
         q, k, v = products(row, given, projections, kind, "input_layernorm")
-        q = head_norm(q.view(-1, kind.head_dim), given, "self_attn.q_norm", kind.eps).flatten()
-        k = head_norm(k.view(-1, kind.head_dim), given, "self_attn.k_norm", kind.eps).flatten()
-        if kind.on_cuda:  # what the kernel takes; on a CPU all but the tables stays float32
-            q, k, v = (one.to(keys.dtype) for one in (q, k, v))
-        tables = (keys, given["values"], given["position"], given["rope"])
-        seen = kind.attend(q, k, v, *tables, kind.scaling)
+        tables = (given[name] for name in ("keys", "values", "position", "rope"))
+        norms = [given[name] for name in HEAD_NORMS if name in given]
+        seen = kind.attend(q, k, v, *tables, norms, kind.scaling, kind.eps)
         (added,) = products(materialized(seen), given, ["self_attn.o_proj"], kind)
         attended = materialized((row + added).to(row.dtype))
         wide = ["mlp.gate_proj", "mlp.up_proj"]
@@ -234,16 +232,16 @@ def linear(x: Tensor, weights: Tensors, name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def rms_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension, with Hugging Face's roundings."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weights[f"{name}.weight"] * normed.to(x.dtype)
+    return weight * normed.to(x.dtype)
 
 
-def head_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
-    """The norm of each head, where a model has one: (..., head_dim)."""
-    return rms_norm(x, weights, name, eps) if f"{name}.weight" in weights else x
+def head_norms(q: Tensor, k: Tensor, norms: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Normalise each head (..., head_dim), where a model has norms for them: q's and k's."""
+    return (rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)) if norms else (q, k)
 
 
 def materialized(x: Tensor) -> Tensor:
@@ -301,15 +299,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
-def plain_attention(q, k, v, keys, values, position, rope, scale):
-    """Rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
+def plain_attention(q, k, v, keys, values, position, rope, norms, scale, eps):
+    """Norm, rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
 
-    q (heads * head_dim,), k and v (kv_heads * head_dim,). Reads every row of keys and values.
+    q (heads * head_dim,), k and v (kv_heads * head_dim,), in float32, as what is returned. Reads
+    every row of keys and values. `norms`: weights of the norms of each head of q and k, if any.
     """
     rows, head_dim = keys.shape[0], rope.shape[2]
     rotation = rope[:, position]  # (2, 1, head_dim)
-    q = rotate(q.view(-1, head_dim), rotation)  # (heads, head_dim)
-    k = rotate(k.view(-1, head_dim), rotation)  # (kv_heads, head_dim)
+    q, k = head_norms(q.view(-1, head_dim), k.view(-1, head_dim), norms, eps)
+    q, k = rotate(q, rotation), rotate(k, rotation)  # (heads, head_dim), (kv_heads, head_dim)
     keys.index_copy_(0, position, k.flatten()[None].to(keys.dtype))
     values.index_copy_(0, position, v[None].to(values.dtype))
 
@@ -317,12 +316,12 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     grouped = (rows, kv_heads, head_dim)
     all_keys = keys.view(grouped).transpose(0, 1).float()  # (kv_heads, rows, head_dim)
     all_values = values.view(grouped).transpose(0, 1).float()
-    group = materialized(q.view(kv_heads, -1, head_dim)).float()  # (kv_heads, group, head_dim)
+    group = materialized(q.view(kv_heads, -1, head_dim))  # (kv_heads, group, head_dim)
     hidden = torch.arange(rows, device=keys.device) > position
     scores = (all_keys[:, None] * group[:, :, None]).sum(-1) * scale  # (kv_heads, group, rows)
     weights = materialized(scores.masked_fill(hidden, float("-inf")).softmax(-1))
     seen = (all_values[:, None] * weights[..., None]).sum(2)  # (kv_heads, group, head_dim)
-    return seen.flatten().to(q.dtype)
+    return seen.flatten()
 
 
 def make_programs(causal_lm) -> dict[str, Program]:
