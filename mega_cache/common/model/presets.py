@@ -8,7 +8,6 @@ machine and stack, byte for byte.
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,8 @@ def materialize(config: dict[str, Any], folder: Path, console: Console, seed: in
     if folder.is_dir():
         return folder
     # imported here: every start of a preset comes by, and writes nothing
+    import tempfile
+
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -98,7 +98,7 @@ def build(
     if what.verify:
         verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
-    written = asdict(write_artifact(pair, manifest, saved.blob))
+    written = write_artifact(pair, manifest, saved.blob)._asdict()
     del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
     shortcomings = [*builder.shortcomings, *torch_private.lost]
     return {
@@ -177,5 +177,5 @@ def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
 
 def write_artifact(pair: ArtifactPair, manifest: Manifest, blob: bytes) -> Manifest:
     return write_pair(
-        pair, lambda path: path.write_bytes(blob), lambda record: replace(manifest, file=record)
+        pair, lambda path: path.write_bytes(blob), lambda record: manifest._replace(file=record)
     )

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from aotinductor.build.runtime_compile import compile_package, open_compiled
@@ -67,4 +66,4 @@ def build(settings: BuildSettings, console: Console) -> dict:
         return manifest.Manifest(manifest.SCHEMA, *what, file, seconds, details)
 
     written = disk.write_pair(pair, produce, describe)
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
+    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **written._asdict()}

@@ -49,7 +49,7 @@ class TorchSteps:
             {"keys": torch_view(keys, device), "values": torch_view(values, device)}
             for keys, values in zip(state.keys, state.values, strict=True)
         ]
-        single = {name: one for name, one in vars(state).items() if isinstance(one, Tensor)}
+        single = {name: one for name, one in state._asdict().items() if isinstance(one, Tensor)}
         self._state = {name: torch_view(one, device) for name, one in single.items()}
         self._stream = None
         if isinstance(memory, GpuMemory):

@@ -19,8 +19,8 @@ from common.model.checkpoint import resolve_checkpoint
 from common.model.tokenizer import read_stdin
 
 _KEPT = (
-    "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",
-    "artifact", "decode", "device_memory", "bandwidth",
+    "environment", "metrics", "compile", "output", "requests", "stages", "artifact",
+    "decode", "device_memory", "bandwidth",
 )  # fmt: skip
 
 
