@@ -12,7 +12,6 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -98,7 +97,7 @@ def describe_package(causal_lm, cache: CacheShape, programs: Mapping[str, Progra
     return {
         "programs": {name: list(program.inputs) for name, program in programs.items()},
         "dtypes": dtypes,
-        "cache": asdict(cache),
+        "cache": cache._asdict(),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "rope": {
