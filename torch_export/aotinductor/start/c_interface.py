@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from common import machine
 from common.errors import ArtifactDamagedError, EnvironmentProblemError
-from common.model.weights import Tensor
+from common.model.weights import Convert, Tensor
 
 _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 # what a library was linked with comes before what the process has made global: another package may
@@ -30,6 +30,9 @@ _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 _OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
 # what the dynamic loader says of a file that is at fault itself, not what it needs
 _NO_LIBRARY = ("ELF", "file too short", "cannot read file data", "undefined symbol")
+# torch's codes (c10/core/ScalarType.h, DeviceType.h), which the runtime library has too
+DTYPES = {"int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15}
+DEVICES = {"cpu": 0, "cuda": 1}
 _LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
 _LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
@@ -73,15 +76,12 @@ class Interface:
         self.name, self.library = name, library
         self.create = address_of(library, "aoti_torch_create_tensor_from_blob_v2")
         self.drop = address_of(library, "aoti_torch_delete_tensor_object")
-        self._dtypes: dict[str, int] = {}
 
     def dtype_code(self, dtype: str) -> int:
-        if dtype not in self._dtypes:
-            self._dtypes[dtype] = getattr(self.library, f"aoti_torch_dtype_{dtype}")()
-        return self._dtypes[dtype]
+        return DTYPES[dtype]
 
     def device_type(self, device: str) -> int:
-        return getattr(self.library, f"aoti_torch_device_type_{device}")()
+        return DEVICES[device]
 
     def data_pointer(self, handle: ctypes.c_void_p) -> int:
         found = ctypes.c_void_p()
@@ -139,6 +139,18 @@ def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
         if any(words in str(error) for words in _NO_LIBRARY):
             raise ValueError(str(error)) from error
         raise EnvironmentProblemError(f"cannot open a library: {error}") from error
+
+
+def converter(steps: ctypes.CDLL) -> Convert:
+    """Return what converts weights with a package's own code; it lets go of the GIL."""
+
+    def convert(source: int, dtype: str, place: int, wanted: str, count: int) -> None:
+        steps.llama_convert(
+            ctypes.c_void_p(source), DTYPES[dtype], ctypes.c_void_p(place), DTYPES[wanted],
+            ctypes.c_int64(count),
+        )  # fmt: skip
+
+    return convert
 
 
 class Program:

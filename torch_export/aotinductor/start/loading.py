@@ -30,7 +30,7 @@ from common.errors import (
 from common.model import weights
 from common.model.stored import Stored, read_header
 from common.model.target import Target
-from common.model.weights import Upload
+from common.model.weights import Convert, Upload
 
 if TYPE_CHECKING:
     from aotinductor.start.base_engine import BaseEngine
@@ -169,7 +169,8 @@ class _Assembly:
             raise ArtifactMismatchError(
                 f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
             )
-        upload = weights.start_upload({name: stored[name] for name in names}, device, dtype)
+        read = {name: stored[name] for name in names}
+        upload = weights.start_upload(read, device, dtype, convert=self._open_steps())
         state, memory = make_state(details, cache, self.target)
         lacks = details["runtime"]["lacks"] if self.library == RUNTIME_LIBRARY else {}
         # what is called in vain is not opened: without prefill a prompt goes through decode
@@ -209,7 +210,7 @@ class _Assembly:
                 stored = constants.find_in_checkpoint(rows, self._stored_tensors(), dtype)
             except ValueError as error:
                 raise ArtifactMismatchError(f"{self.target.checkpoint.folder}: {error}") from error
-        upload = weights.start_upload(stored, device, dtype)
+        upload = weights.start_upload(stored, device, dtype, convert=self._open_steps())
         tensors = upload.tensors | values
         opened, kernels = self._open(details["graphs"])
         (program,) = opened.values()
@@ -232,6 +233,12 @@ class _Assembly:
         self.target.checkpoint.require_weights()
         return self.target.checkpoint.stored
 
+    def _open_steps(self) -> Convert:
+        """Open what makes a step's calls; return what it converts weights with."""
+        self._steps = c_interface.open_library(self.package.library(STEPS))
+        self._steps.llama_step.restype = ctypes.c_int32
+        return c_interface.converter(self._steps)
+
     def _open(self, programs: list[str]):
         """Open the libraries and the programs; return those, and where their kernels lie."""
         machine.spin_less()  # libgomp reads it when it is loaded
@@ -246,9 +253,7 @@ class _Assembly:
                 machine.cuda.runtime()  # whose functions the library calls
             self._open_openmp()
             interface = c_interface.open_runtime(self.package.library(RUNTIME))
-        steps = c_interface.open_library(self.package.library(STEPS))
-        steps.llama_step.restype = ctypes.c_int32
-        self._libraries = (steps, interface)
+        self._libraries = (self._steps, interface)
         kernels = self.package.unpack_kernels() if device == "cuda" else None
         opened = {}
         for name in programs:

@@ -7,7 +7,7 @@ from aotinductor.start.c_interface import Interface, Operand, Program, Shape, St
 from aotinductor.start.kv_engine import State
 from aotinductor.start.memory import GpuMemory, Memory, write_integers
 from common.model.stored import item_bytes
-from common.model.weights import Tensor, converted
+from common.model.weights import Tensor
 
 PREFILL, DECODE = "prefill_layer", ("decode_layer", "head")
 
@@ -80,8 +80,6 @@ class PackageSteps:
 
     def embed_with(self, table: Tensor, dtype: str) -> None:
         """Take embeddings from this table of the host; `dtype` is the model's, which they have."""
-        if table.dtype == "float64":
-            table = converted(table, dtype)
         self._table, self._dtype = table, dtype
 
     def embed(self, token_ids: Sequence[int], name: str) -> None:
