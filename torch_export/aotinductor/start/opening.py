@@ -10,6 +10,7 @@ from common.artifact.disk import ArtifactPair, TrustFlags
 from common.cli import Console, SharedFlags
 from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec
+from common.model.weights import map_pages
 
 
 class Opening(NamedTuple):
@@ -39,4 +40,6 @@ def make_opening(
     if not shared.model_id and plan.manifest:
         shared = shared.changed(model_id=plan.manifest.model["id"])
     target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
+    if target.device == "cpu" and plan.checkpoint and not plan.built.get("embed_weights"):
+        map_pages(target.checkpoint.stored.values())  # while the tokenizer is made
     return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))
