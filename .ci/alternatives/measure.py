@@ -92,6 +92,8 @@ def convert(gguf: Path, kind: int, target: Path) -> None:
     """Write the model in another kind, by llama.cpp's own quantise call."""
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda *line: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
     choices = llama_cpp.llama_model_quantize_default_params()
     choices.ftype, choices.allow_requantize, choices.nthread = kind, True, 2
     files = (str(gguf).encode(), str(target).encode())

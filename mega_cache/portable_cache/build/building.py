@@ -16,6 +16,7 @@ from common.cli import Console
 from common.compiler import counts, toolchain
 from common.measure import report, trials
 from common.measure.measures import Stages, process_start
+from common.model.eager import eager_logits
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, load_codec
 from portable_cache import torch_private
@@ -114,6 +115,7 @@ def make_builder(target: Target, flags: CompileFlags, seed: int, console: Consol
     generation.make_cache(model, 2)  # refused now, not after a compile
     eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
     codec = load_codec(target.checkpoint)
+    eager_logits(eager, codec.synthetic_prompt(16, seed), 1)  # an overflow is told now as well
     return Builder(target, flags, seed, console, codec, model, eager)
 
 

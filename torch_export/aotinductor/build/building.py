@@ -18,7 +18,7 @@ from common.artifact.disk import TrustFlags
 from common.cli import Console
 from common.compiler import toolchain
 from common.measure.measures import Stages, process_start
-from common.model.eager import load_model
+from common.model.eager import eager_logits, load_model
 from common.model.target import choose_target
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
@@ -49,6 +49,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     def produce(path: Path) -> None:
         with shown("weights"):
             model = load_model(target)
+            eager_logits(model, list(range(8)), 1)  # an overflow is told now, not after minutes
         with shown("compile"):
             how = (path, embed, settings.graph.max_autotune)
             found = compile_package(model, bounds, settings.slots, *how)

@@ -226,8 +226,8 @@ def _refuse_formats(folder: Path) -> None:
     path = folder / "config.json"
     config = _read_json(path)
     for name in ("quantization_config", "compression_config"):
-        if config.get(name):
-            method = config[name].get("quant_method", "unknown method")
+        if told := config.get(name):
+            method = told.get("quant_method", "unknown method") if isinstance(told, dict) else told
             raise UsageError(
                 f"{path} has a {name} ({method}): quantised checkpoints are not supported; take "
                 "the model's original one in bfloat16, float16 or float32"

@@ -49,10 +49,10 @@ def list_stored(folder: Path) -> dict[str, Stored]:
         shards = [whole]
     elif index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            shards = [folder / name for name in sorted(names)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{index} is damaged ({_words(error)}): {_AGAIN}") from error
-        shards = [folder / name for name in names]
     else:
         shards = []
     return {name: tensor for path in shards for name, tensor in read_header(path).items()}
