@@ -8,8 +8,12 @@ from aotinductor.lengths import find_plan
 from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import find_differences
 from aotinductor.start.engine import Engine
-from aotinductor.start.loading import choose_library, require_gpu_for_graph
-from aotinductor.start.opening import Opening, make_opening
+from aotinductor.start.loading import (
+    Opening,
+    choose_library,
+    make_opening,
+    require_gpu_for_graph,
+)
 from common.cli import Console
 from common.errors import UsageError
 from common.measure import requests
