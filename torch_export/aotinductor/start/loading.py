@@ -23,7 +23,7 @@ from common import machine
 from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
 from common.artifact.manifest import describe, differences, raise_if_different
 from common.cli import Console, SharedFlags
-from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError
+from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError, first_line
 from common.model import weights
 from common.model.stored import Stored, read_header
 from common.model.target import Target, choose_target
@@ -78,16 +78,14 @@ class Opening(NamedTuple):
             if built != plan.manifest:
                 problem = f"{pair.path} was replaced since this start: try again"
                 raise ArtifactMismatchError(problem)
-            path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
-            source = Source(verified.file, path, built.details, embedded)
             try:
+                path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
+                source = Source(verified.file, path, built.details, embedded)
                 if built.recipe["kv_cache"] != source.is_kv:
                     raise ValueError("its metadata's recipe and details are of different graphs")
                 made = assemble(self.wish, target, plan, library, source, close_stage)
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                text = next(
-                    (line for line in str(error).splitlines() if line.strip()), "no message"
-                )
+                text = first_line(error)
                 if isinstance(error, KeyError | TypeError | AttributeError):
                     text = f"its metadata does not describe it: {text}"
                 raise ArtifactDamagedError(
@@ -281,12 +279,3 @@ def _stored_tensors(target: Target, source: Source, package: Package) -> Mapping
         return read_header(source.path, package.offset_of(WEIGHTS))
     target.checkpoint.require_weights()
     return target.checkpoint.stored
-
-
-def require_gpu_for_graph(wanted: bool | None, device: str, slots: int | None) -> None:
-    """Raise UsageError if a captured decode is asked for where there is none."""
-    if wanted and (device != "cuda" or slots is None):
-        raise UsageError(
-            "--cuda-graph captures the decode step of a package with a KV cache on a CUDA GPU: "
-            f"this is {'the base graph' if slots is None else 'a CPU'}"
-        )
