@@ -22,7 +22,7 @@ from portable_cache import torch_private
 from portable_cache.build import export_step, saving, verify
 from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildFlags, CacheFileFlags, CompileFlags
 from portable_cache.recipe import recipe
-from portable_cache.start import attention, bundle, decode_step, generation, hits, tensors
+from portable_cache.start import attention, bundle, decode_step, generation, tensors
 
 _VERIFY_TOKENS = 8
 
@@ -63,7 +63,6 @@ def build(
     # the decode step's host code is C++ on CUDA too
     toolchain.prepare_toolchain(target.device, what.precompile, console)
     counts.watch_compilation()
-    lookups = hits.watch_lookups()
     stages.close("device")
     builder = make_builder(target, flags, seed, console)
     stages.close("weights")
@@ -72,10 +71,11 @@ def build(
     # from here on: the step's own kernels are in its library
     saving.watch()
     warmed = []
-    for slots, length in flags.cache_lengths().items():
+    # the longest first: sizes of a graph that serves all are tried out for it
+    for slots, length in reversed(flags.cache_lengths().items()):
         torch_private.forget_compiled_state(builder.model)
         cache = generation.make_cache(builder.model, slots)
-        warmed.append(warm_up(builder, cache, slots, length))
+        warmed.insert(0, warm_up(builder, cache, slots, length))
     saved = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
@@ -91,7 +91,6 @@ def build(
             "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
             "decode_step": step.contract if step else None,
-            "graphs": [asdict(lookup) for lookup in lookups],
             "verified": what.verify,
         },
     )
@@ -99,11 +98,9 @@ def build(
         verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
     written = asdict(write_artifact(pair, manifest, saved.blob))
-    del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
-    shortcomings = [*builder.shortcomings, *torch_private.lost]
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
-        "shortcomings": shortcomings, **written,
+        "shortcomings": [*builder.shortcomings, *torch_private.lost], **written,
     }  # fmt: skip
 
 
@@ -153,7 +150,9 @@ def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
 
 
 def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
-    """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
+    """Load it in fresh processes, for the shortest and the longest KV cache, and each that has a
+    graph of its own: all must hit, and the tokens be eager's.
+    """
     target, step = builder.target, manifest.details["decode_step"]
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         files = CacheFileFlags(Path(folder, "cache.bin"))
@@ -164,7 +163,9 @@ def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
             f"--cache-path={files.cache_path}", "--trust-artifact", "--load-artifacts",
             "--require-hit", "--ignore-eos", "--precompile" if step else "--no-precompile",
         ]  # fmt: skip
-        lengths = builder.flags.cache_lengths()
+        lengths = list(builder.flags.cache_lengths())
+        if step:  # one library for all of them
+            lengths = sorted({lengths[0], lengths[-1]})
         for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
             prompt = builder.codec.synthetic_prompt(slots - new_tokens, builder.seed)

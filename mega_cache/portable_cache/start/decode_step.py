@@ -37,10 +37,6 @@ class SavedStep(NamedTuple):
     contract: dict[str, Any]
 
 
-class StepMismatchError(ArtifactMismatchError):
-    """The decode step was built for something else; the message says found and expected."""
-
-
 class GraphedStep:
     """A decode step as one CUDA graph over the addresses of weights, KV cache and its inputs."""
 
@@ -68,21 +64,23 @@ class GraphedStep:
 def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutputWithPast]:
     """Return a decode function for `generate` over the model's own weights.
 
-    What was saved is code: its origin must have been checked. Raises StepMismatchError before any
-    of it is loaded if it was built for something else. With CUDA graphs the first call with a KV
-    cache captures one.
+    What was saved is code: its origin must have been checked. Raises ArtifactMismatchError before
+    any of it is loaded if it was built for something else. With CUDA graphs the first call with a
+    KV cache captures one.
     """
     contract = saved.contract
     check(contract["process"], of_process(model))
     if missing := sorted(set(contract["processor"]) - cpu_features()):
-        raise StepMismatchError(
+        raise ArtifactMismatchError(
             f"the decode step was built for a processor with {', '.join(missing)}, which this one "
             "lacks: rebuild on this machine"
         )
     with tempfile.TemporaryDirectory(prefix="llama-step-") as folder:
         path = Path(folder, "step.pt2")
         path.write_bytes(saved.package)
-        loader = _open_package(path, model.device)
+        index = model.device.index if model.device.type == "cuda" else -1
+        # of the one model in it; without locks, which no CUDA graph can capture; one instance
+        loader = torch_private.PackageLoader(str(path), "model", True, 1, index)
     own = weights_of(model) | {
         name: torch.tensor(values, dtype=getattr(torch, dtype), device=model.device)
         for name, (dtype, values) in contract["constants"].items()
@@ -111,20 +109,14 @@ def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutp
     return decode
 
 
-def _open_package(path: Path, device: torch.device) -> Any:
-    index = device.index if device.type == "cuda" else -1
-    # of the one model in it; without locks, which no CUDA graph can capture; one instance
-    return torch_private.PackageLoader(str(path), "model", True, 1, index)
-
-
 # ---- the contract --------------------------------------------------------------------------
 
 
 def check(built: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise StepMismatchError unless everything found is what the step was compiled for."""
+    """Raise ArtifactMismatchError unless everything found is what the step was compiled for."""
     for name, value in found.items():
         if built.get(name) != value:
-            raise StepMismatchError(
+            raise ArtifactMismatchError(
                 f"the decode step was built with {name} {built.get(name)!r}, here it is {value!r}"
             )
 
