@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -38,7 +38,6 @@ class Builder:
     codec: TextCodec
     model: PreTrainedModel  # to compile
     eager: PreTrainedModel  # transformers' own, over the same weights
-    shortcomings: list[str] = field(default_factory=list)  # what was asked for and is not there
 
     def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
         """Raise ScriptError unless eager would have gone on like this."""
@@ -100,7 +99,7 @@ def build(
     written = asdict(write_artifact(pair, manifest, saved.blob))
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
-        "shortcomings": [*builder.shortcomings, *torch_private.lost], **written,
+        "shortcomings": torch_private.lost, **written,
     }  # fmt: skip
 
 
@@ -143,7 +142,7 @@ def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
         with torch_private.fresh_entries():
             step = export_step.export_step(builder.model, builder.flags, folder)
     except errors.ScriptError as error:
-        builder.shortcomings.append(f"no decode step compiled ahead, runs will trace: {error}")
+        torch_private.lost.append(f"no decode step compiled ahead, runs will trace: {error}")
         return None
     builder.console.say(f"  decode step compiled ahead in {time.monotonic() - began:.1f} s")
     return step
