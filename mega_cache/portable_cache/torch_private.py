@@ -72,20 +72,6 @@ NAMES = {
     # generate compiles on accelerators only, until that is a public setting
     "compiles_everywhere": "transformers.CompileConfig._compile_all_devices",
 }  # fmt: skip
-# what common/compiler reads and replaces itself, to count what was compiled and to tell of tuning
-IN_COMMON = (
-    "torch._dynamo.utils.counters",
-    "torch._dynamo.utils.get_compilation_metrics",
-    "torch._dynamo.utils.compilation_time_metrics",
-    "torch._inductor.async_compile.AsyncCompile.process_pool",
-    "torch._inductor.triton_bundler.TritonBundler.read_and_emit",
-    "torch._inductor.runtime.cache_dir_utils.cache_dir",
-    "torch._inductor.runtime.cache_dir_utils.triton_cache_dir",
-    "torch._inductor.config.cpp_cache_precompile_headers",
-    "torch._inductor.select_algorithm.AlgorithmSelectorCache.log_results",
-    "torch._inductor.select_algorithm._log_autotune_choices_stats",
-)
-
 lost: list[str] = []  # a line for each thing that this process goes without
 
 

@@ -67,6 +67,8 @@ def configure(device: str) -> None:
     """Set what is part of the compiler's keys, the same at a build and a start."""
     row_sums = None
     if device == "cpu":
+        # Triton's compile workers: processes that import torch, and here have nothing to do
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
         with torch_private.losing("a CPU multiplies one row by each weight slowly"):
             from portable_cache.start.row_sums import RowSums
 
