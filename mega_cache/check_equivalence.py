@@ -5,8 +5,11 @@
 Errors are absolute, in standard deviations of the logits of the model in float32, uncompiled.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.compiler.caches import private_compiler_caches
@@ -25,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         from portable_cache.start.opening import open_model
 
         target = choose_target(settings.shared, console)
-        wanted = replace(settings.wanted(), mode="load", must_load=True)
+        wanted = settings.wanted()._replace(mode="load", must_load=True)
         opened = open_model(target, settings.files.pair(), wanted, console)
         lengths, steps = flags.logit_prompt_lengths, flags.logit_steps
         document = compare_logits(target, opened, lengths, steps, settings.shared.seed, console)

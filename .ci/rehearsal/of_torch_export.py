@@ -33,7 +33,12 @@ class Package:
 BASE = Package("base", ("--no-max-autotune",))
 STATIC = Package("static", ("--no-dynamic-seq-len", "--no-max-autotune"), ("--max-new-tokens=1",))
 KV = Package("KV cache", ("--kv-cache", "--no-max-autotune"))
-KV_EMBEDDED = Package("KV cache, embedded", ("--kv-cache", "--embed-weights", "--no-max-autotune"))
+
+
+def of_qwen3(model: str) -> Package:
+    """With norms of each head; its weights in the package."""
+    build = ("--kv-cache", "--embed-weights", "--no-max-autotune")
+    return Package("KV cache, embedded, Qwen3", build, model=model)
 
 
 def of_3b(model: str, layers: int) -> Package:

@@ -21,7 +21,7 @@ import of_mega_cache
 import of_torch_export
 from of_mega_cache import Artifact
 from rehearsal import Rehearsal, UnexpectedEndError
-from sparse_checkpoint import write_checkpoint
+from sparse_checkpoint import write_checkpoint, write_tiny_qwen3
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def steps(rehearsal: Rehearsal) -> dict[str, Callable[[], None]]:
     packages = [
         of_torch_export.of_3b(long_3b, layers),
         of_torch_export.KV,
-        of_torch_export.KV_EMBEDDED,
+        of_torch_export.of_qwen3(write_tiny_qwen3(rehearsal.folder / "qwen3")),
         of_torch_export.BASE,
         of_torch_export.STATIC,
     ]

@@ -1,11 +1,13 @@
 """A checkpoint of the 3B's shape whose weights are holes in a sparse file: no disk, all zeros.
 
-Good for what depends on shapes alone: export, code, kernels, loading paths.
+Good for what depends on shapes alone: export, code, kernels, loading paths. And a small one of
+another family than the presets'.
 """
 
 import json
 import math
 import struct
+import sys
 from pathlib import Path
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 3072, 8192, 24, 8, 128, 128256
@@ -81,3 +83,25 @@ def write_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(path))
+
+
+def write_tiny_qwen3(folder: Path) -> str:
+    """Write random:tiny as a Qwen3, with norms of each head; return it as `--model-id` takes it."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "torch_export"))
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    from common.cli import Console
+    from common.model.presets import CONFIGS, materialize
+
+    shape = CONFIGS["random:tiny"]
+    materialize(shape, folder, Console(quiet=True))
+    weights, chance = load_file(folder / "model.safetensors"), np.random.default_rng(0)
+    for layer in range(shape["num_hidden_layers"]):
+        for one in "qk":
+            norm = chance.uniform(0.5, 1.5, shape["head_dim"]).astype(np.float32)
+            weights[f"model.layers.{layer}.self_attn.{one}_norm.weight"] = norm
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    family = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (folder / "config.json").write_text(json.dumps(shape | family))
+    return str(folder)

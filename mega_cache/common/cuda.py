@@ -11,8 +11,8 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import EnvironmentProblemError
 
@@ -24,8 +24,7 @@ _NON_BLOCKING = 1  # of a stream: it does not wait for the default one
 _NO_TIMING = 2  # of an event
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What the driver says of the GPU; None is unknown."""
 
     name: str

@@ -1,11 +1,11 @@
 """The flags that belong to this folder, and how its scripts group them."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common import cli
 from common.artifact.disk import ArtifactPair, TrustFlags
-from common.cli import flag, non_negative_int, positive_int, positive_ints
+from common.cli import Flags, flag, non_negative_int, positive_int, positive_ints
 
 FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "mega_cache"
@@ -14,8 +14,7 @@ RUN_SCRIPT = FOLDER / "run_llama_with_portable_cache.py"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-@dataclass(frozen=True)
-class CacheFileFlags:
+class CacheFileFlags(Flags):
     """artifact"""
 
     cache_path: Path = flag(
@@ -30,8 +29,7 @@ class CacheFileFlags:
         return ArtifactPair(self.cache_path, self.metadata_path or beside)
 
 
-@dataclass(frozen=True)
-class CompileFlags:
+class CompileFlags(Flags):
     """compilation: what shapes the graphs; a run takes from the artifact what it is not told"""
 
     prefill_lengths: tuple[int, ...] = flag(
@@ -55,7 +53,7 @@ class CompileFlags:
     compile_mode: str = flag("max-autotune", "torch.compile's `mode`", choices=COMPILE_MODES)
     fullgraph: bool = flag(False, "fail on a graph break instead of compiling around it")
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.max_cache_len == 1:
             raise ValueError("--max-cache-len 1 leaves no slot for a token after the prompt")
 
@@ -88,8 +86,7 @@ MODE_WORDS = {
 UNTOLD = dict.fromkeys(vars(CompileFlags()))
 
 
-@dataclass(frozen=True)
-class BuildFlags:
+class BuildFlags(Flags):
     """build"""
 
     precompile: bool = flag(
@@ -98,8 +95,7 @@ class BuildFlags:
     verify: bool = flag(True, "load the artifact in fresh processes before it is published")
 
 
-@dataclass(frozen=True)
-class LoadFlags:
+class LoadFlags(Flags):
     """loading"""
 
     load_artifacts: bool | None = flag(
@@ -126,7 +122,7 @@ class LoadFlags:
         "where every start traces, when anything was compiled or tuned",
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.eager and (self.load_artifacts or self.require_hit):
             raise ValueError("--eager compiles nothing: nothing to load, nothing to check")
         if self.precompile and self.mode != "load":
@@ -147,8 +143,7 @@ class LoadFlags:
         return (self.prefill_buckets or flags.prefill_lengths) if self.bucket_pad else ()
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a start asks for; as it stands here: the artifact must load, its decode step may."""
 
     mode: str = "load"  # or "skip": compile from nothing; or "eager"
@@ -159,8 +154,7 @@ class Wanted:
     trust: TrustFlags = TrustFlags()
 
 
-@dataclass(frozen=True)
-class BuildSettings:
+class BuildSettings(Flags):
     """Every flag of a build, by group."""
 
     shared: cli.SharedFlags
@@ -170,8 +164,7 @@ class BuildSettings:
     store: cli.PublishFlags
 
 
-@dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Flags):
     """Every flag of one run, by group."""
 
     shared: cli.SharedFlags

@@ -4,15 +4,14 @@ Each layer has a table for K and one for V, slot after slot: (rows, kv_heads * h
 rows of a table are contiguous, so a program can be given those in use alone.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Tables are cut at multiples of this. More would read slots that hold nothing, fewer save little:
 # 64 slots are less than a tenth of a step (random:tiny on a CPU).
 BLOCK_ROWS = 64
 
 
-@dataclass(frozen=True)
-class CacheShape:
+class CacheShape(NamedTuple):
     """A KV cache for `slots` tokens of one sequence, in each layer."""
 
     slots: int

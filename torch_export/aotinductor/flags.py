@@ -1,12 +1,12 @@
 """The flags that belong to this folder."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from common.artifact.disk import ArtifactPair, TrustFlags
 from common.cli import (
     FetchFlags,
+    Flags,
     PromptFlags,
     PublishFlags,
     SamplingFlags,
@@ -25,8 +25,7 @@ _PACKAGE = Path(__file__).resolve().parents[1] / "artifacts" / "llama3b_aotinduc
 length_flag = partial(flag, parse=positive_int)
 
 
-@dataclass(frozen=True)
-class PackageFileFlags:
+class PackageFileFlags(Flags):
     """artifact"""
 
     package_path: Path = flag(_PACKAGE, "file of the AOTInductor package", often=True)
@@ -37,8 +36,7 @@ class PackageFileFlags:
         return ArtifactPair(self.package_path, self.metadata_path or beside)
 
 
-@dataclass(frozen=True)
-class ShapeFlags:
+class ShapeFlags(Flags):
     """sequence lengths: what the exported graph accepts, prompt and new tokens together"""
 
     example_seq_len: int = length_flag(128, "tokens of the example that is traced")
@@ -47,7 +45,7 @@ class ShapeFlags:
     max_seq_len: int = length_flag(2048, "longest sequence in tokens", often=True)
     dynamic_seq_multiple: int = length_flag(8, "tokens that a padded sequence is a multiple of")
 
-    def __post_init__(self):
+    def check(self) -> None:
         shortest, longest, multiple = self.min_seq_len, self.max_seq_len, self.dynamic_seq_multiple
         if self.dynamic_seq_len and longest % multiple:
             raise ValueError(
@@ -62,8 +60,7 @@ class ShapeFlags:
             )
 
 
-@dataclass(frozen=True)
-class GraphFlags:
+class GraphFlags(Flags):
     """graphs and weights"""
 
     kv_cache: bool = flag(
@@ -82,13 +79,12 @@ class GraphFlags:
         True, "measure several kernels for each matrix product, keep the fastest", often=True
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.max_cache_len and not self.kv_cache:
             raise ValueError("--max-cache-len is the length of the KV cache: add --kv-cache")
 
 
-@dataclass(frozen=True)
-class ExpectedShapeFlags:
+class ExpectedShapeFlags(Flags):
     """sequence lengths that the package must have been built for; without: its own"""
 
     min_seq_len: int | None = length_flag(None, "shortest sequence in tokens")
@@ -101,8 +97,7 @@ class ExpectedShapeFlags:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
-class LoadFlags:
+class LoadFlags(Flags):
     """loading, or what to do instead"""
 
     load_artifacts: bool = flag(True, "load the package; off: compile at runtime", often=True)
@@ -133,8 +128,7 @@ class LoadFlags:
     bucket_pad: bool = flag(False, "pad to the metadata's buckets: fewer shapes, more work")
 
 
-@dataclass(frozen=True)
-class BuildSettings:
+class BuildSettings(Flags):
     """Every flag of a build, by group."""
 
     shared: SharedFlags
@@ -143,7 +137,7 @@ class BuildSettings:
     files: PackageFileFlags
     store: PublishFlags
 
-    def __post_init__(self):
+    def check(self) -> None:
         slots, longest = self.slots, self.shape.max_seq_len
         if slots and not self.shape.dynamic_seq_len:
             raise ValueError(
@@ -167,8 +161,7 @@ class BuildSettings:
         return not self.graph.kv_cache if told is None else told
 
 
-@dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Flags):
     """Every flag of a run, by group."""
 
     shared: SharedFlags

@@ -4,9 +4,7 @@ A loaded package checks nothing: a length it was not exported for ends in a size
 kernel, or in no error at all. So everything is checked here, before the call.
 """
 
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, ShapeFlags
 from common.artifact.disk import ArtifactPair, peek_manifest
@@ -17,8 +15,14 @@ from common.errors import ArtifactDamagedError, UsageError
 _REBUILD = "rebuild with ./build.sh"
 
 
-class Bounds(ShapeFlags):
+class Bounds(NamedTuple):
     """The lengths of a graph in tokens; a static graph has one, `max_seq_len`."""
+
+    example_seq_len: int
+    dynamic_seq_len: bool
+    min_seq_len: int
+    max_seq_len: int
+    dynamic_seq_multiple: int
 
     @property
     def buckets(self) -> list[int]:
@@ -35,7 +39,7 @@ class Bounds(ShapeFlags):
         return -(-length // self.dynamic_seq_multiple) * self.dynamic_seq_multiple
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"buckets": self.buckets}
+        return self._asdict() | {"buckets": self.buckets}
 
 
 def make_bounds(flags: ShapeFlags) -> Bounds:
@@ -48,17 +52,15 @@ def make_bounds(flags: ShapeFlags) -> Bounds:
 
 def parse_bounds(recipe: dict[str, Any]) -> Bounds:
     """Return the bounds in a package's recipe; raise ArtifactDamagedError if there are none."""
-    example, dynamic, *others = (recipe.get(field.name) for field in fields(Bounds))
-    lengths = [example, *others]
-    if type(dynamic) is bool and all(type(one) is int and one > 0 for one in lengths):
-        with suppress(ValueError):  # what no flags give
-            if (bounds := Bounds(example, dynamic, *others)).buckets == recipe.get("buckets"):
-                return bounds
+    example, dynamic, *others = values = [recipe.get(name) for name in Bounds._fields]
+    if type(dynamic) is bool and all(type(one) is int and one > 0 for one in (example, *others)):
+        bounds = Bounds(*values)
+        if bounds.buckets == recipe.get("buckets"):
+            return bounds
     raise ArtifactDamagedError(f"the metadata's recipe has no sequence lengths: {_REBUILD}")
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How requests are served: within which lengths, and as the package at hand was built, if any.
 
     `bucket_pad` pads to the bounds' buckets: fewer shapes, more work. `checkpoint` is what the
@@ -125,7 +127,7 @@ class Plan:
             found["device"] = "cpu"
         if shared.dtype == "auto" and dtype in DTYPES:
             found["dtype"] = dtype
-        return replace(shared, **found)
+        return shared.changed(**found)
 
 
 def find_plan(

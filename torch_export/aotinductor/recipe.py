@@ -1,8 +1,7 @@
 """What a package was built for, and whether this run is that."""
 
 import hashlib
-import platform
-from concurrent.futures import ThreadPoolExecutor
+import os
 from typing import Any
 
 from aotinductor.flags import BuildSettings
@@ -78,6 +77,9 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str | None:
     Fine-tunes of one model share its configuration: without this, `--model-id OTHER` would answer
     with the weights in the package. It is the same however the tensors are cut into files.
     """
+    # imported here: a start of a package that is code alone does not pay for it
+    from concurrent.futures import ThreadPoolExecutor
+
     stored = checkpoint.stored
     names = sorted(checkpoint.parameters.keys() & stored.keys())
     with ThreadPoolExecutor() as pool:  # reading and hashing both let go of the GIL
@@ -117,7 +119,7 @@ def machine_of(device: str) -> dict[str, Any]:
     runs where its processor's features are.
     """
     capability = machine.cpu_capability()
-    if device == "cuda" and platform.machine() == "x86_64" and capability != "DEFAULT":
+    if device == "cuda" and os.uname().machine == "x86_64" and capability != "DEFAULT":
         return {"device": device, "cpu_capability": COMMON_LEVEL, "cpu_features": None}
     features = sorted(machine.cpu_features())
     return {"device": device, "cpu_capability": capability, "cpu_features": features}

@@ -1,7 +1,6 @@
 """One run: set up in the mode that the flags name, serve every request, tell."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from aotinductor.flags import APPROACH, PackageFileFlags, RunSettings
@@ -77,8 +76,8 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
             "--temperature samples from a package with a KV cache, the base graph is greedy: "
             "build one with ./build.sh --kv-cache, or leave --temperature out"
         )
-    wish = replace(opening.wish, library=loading.library, cuda_graph=loading.cuda_graph)
-    return replace(opening, wish=wish)
+    wish = opening.wish._replace(library=loading.library, cuda_graph=loading.cuda_graph)
+    return opening._replace(wish=wish)
 
 
 def serve_without_package(
@@ -147,4 +146,4 @@ def with_fetched_package(settings: RunSettings, console: Console) -> RunSettings
 
     files, url = settings.files.pair(), settings.store.fetch
     pair = store.fetch(files, url, APPROACH, fits, settings.trust, console)
-    return replace(settings, files=PackageFileFlags(pair.path, pair.metadata_path))
+    return settings.changed(files=PackageFileFlags(pair.path, pair.metadata_path))

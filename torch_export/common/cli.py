@@ -1,19 +1,12 @@
-"""Flags declared once, as frozen dataclasses that become argparse groups; and what a script says.
-
-A field made by `flag` is one flag: name and type come from the field. A script names the groups it
-takes, or one dataclass made of groups.
-"""
+"""Flags declared once, in classes that become argparse groups; and what a script says."""
 
 import argparse
-import dataclasses
 import re
 import sys
-import types
-import typing
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import Any, NamedTuple
 
 _FOLDER = Path(__file__).resolve().parents[1]  # of the scripts
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -44,10 +37,38 @@ class Console:
         return tqdm(items, desc=label, unit=unit, file=sys.stderr, disable=off)
 
 
-def flag(default: Any, help: str, *, parse=None, choices=None, often: bool = False) -> Any:
-    """Declare one flag as a dataclass field; `often` puts it first in `--help`."""
-    metadata = {"help": help, "parse": parse, "choices": choices, "often": often}
-    return dataclasses.field(default=default, metadata=metadata)
+class Flag(NamedTuple):
+    default: Any
+    help: str
+    parse: Callable[[str], Any] | None = None
+    choices: Sequence[str] | None = None
+    often: bool = False  # first in `--help`
+
+
+flag: Any = Flag  # whose place in a group is that of its value
+
+
+class Flags(SimpleNamespace):
+    """A group of flags: an attribute `name: type = flag(...)` is one. Or a group of such groups.
+
+    Not a dataclass: making one takes half a millisecond, and a start has ten of these.
+    """
+
+    def __init__(self, *values: Any, **named: Any):
+        kinds = type(self).__annotations__
+        given = dict(zip(kinds, values, strict=False)) | named
+        for name, kind in kinds.items():
+            if name not in given:
+                given[name] = kind() if _is_group(kind) else getattr(type(self), name).default
+        super().__init__(**given)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for flags that exclude each other."""
+
+    def changed(self, **values: Any) -> Any:
+        """Return the same group with other values of some flags."""
+        return type(self)(**vars(self) | values)
 
 
 def parse_flags(
@@ -59,7 +80,7 @@ def parse_flags(
     try:
         _check_result_file(values)
         return tuple(_instance(group, values) for group in groups)
-    except ValueError as error:  # raised by a group's __post_init__: flags that exclude each other
+    except ValueError as error:  # of a group's `check`
         parser.error(str(error))
 
 
@@ -87,7 +108,7 @@ def config_of(*groups: Any) -> dict[str, Any]:
     """Return the flags of all groups by name, as values that JSON knows."""
     config = {}
     for name, value in (item for group in groups for item in vars(group).items()):
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Flags):
             config |= config_of(value)
         else:
             config[name] = str(value) if isinstance(value, Path) else value
@@ -110,27 +131,31 @@ def _make_parser(
 
 
 def _add_group(parser: argparse.ArgumentParser, often, group: type, defaults: dict) -> None:
-    """Add the flags of the group itself, or, of a dataclass made of groups, those of each."""
-    hints = typing.get_type_hints(group)
-    if all(map(dataclasses.is_dataclass, hints.values())):
-        for part in hints.values():
+    """Add the flags of the group itself, or, of a group made of groups, those of each."""
+    kinds = group.__annotations__
+    if all(map(_is_group, kinds.values())):
+        for part in kinds.values():
             _add_group(parser, often, part, defaults)
         return
     rest = parser.add_argument_group(group.__doc__)
-    for field in dataclasses.fields(group):
-        told, kind = field.metadata, hints[field.name]
-        if isinstance(kind, types.UnionType):  # X | None
-            kind = typing.get_args(kind)[0]
-        default = defaults.get(field.name, field.default)
-        text = f"{told['help']} (default: {_default_text(default)})".replace("%", "%%")
-        settings: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
+    for name, kind in kinds.items():
+        told = getattr(group, name)
+        if isinstance(kind, UnionType):  # X | None
+            kind = kind.__args__[0]
+        default = defaults.get(name, told.default)
+        text = f"{told.help} (default: {_default_text(default)})".replace("%", "%%")
+        settings: dict[str, Any] = {"dest": name, "default": default, "help": text}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings |= {"type": told["parse"] or kind, "choices": told["choices"]}
-            settings["metavar"] = None if told["choices"] else _METAVARS.get(kind, "TEXT")
-        place = often if told["often"] else rest
-        place.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+            settings |= {"type": told.parse or kind, "choices": told.choices}
+            settings["metavar"] = None if told.choices else _METAVARS.get(kind, "TEXT")
+        place = often if told.often else rest
+        place.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Flags)
 
 
 def _default_text(value: Any) -> str:
@@ -144,10 +169,10 @@ def _default_text(value: Any) -> str:
 
 
 def _instance(group: type, values: dict[str, Any]) -> Any:
-    """Return the group with its flags, or, of a dataclass made of groups, with each of them."""
+    """Return the group with its flags, or, of a group made of groups, with each of them."""
     own = {
-        name: _instance(kind, values) if dataclasses.is_dataclass(kind) else values[name]
-        for name, kind in typing.get_type_hints(group).items()
+        name: _instance(kind, values) if _is_group(kind) else values[name]
+        for name, kind in group.__annotations__.items()
     }
     return group(**own)
 
@@ -210,8 +235,7 @@ FLOOR = "floor"
 MODES = ("compile_preload", "compile_no_preload", "eager", FLOOR)
 
 
-@dataclass(frozen=True)
-class SharedFlags:
+class SharedFlags(Flags):
     """every script"""
 
     model_id: str = flag(
@@ -229,8 +253,7 @@ class SharedFlags:
     debug: bool = flag(False, "add the traceback to an error")
 
 
-@dataclass(frozen=True)
-class PromptFlags:
+class PromptFlags(Flags):
     """prompt and generation"""
 
     prompt: str = flag(
@@ -250,7 +273,7 @@ class PromptFlags:
         False, "print the text of every request (compare, benchmark: of every trial)"
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
         if not (self.prompt or self.prompt_length or self.prompts_file):
             raise ValueError("--prompt is empty: give some text, or --prompt-length N")
 
@@ -258,15 +281,14 @@ class PromptFlags:
 _LOWEST_TEMPERATURE = 1e-5
 
 
-@dataclass(frozen=True)
-class SamplingFlags:
+class SamplingFlags(Flags):
     """sampling"""
 
     temperature: float = flag(0.0, "of sampling; 0 is greedy decoding")
     top_k: int = flag(0, "sample from the K likeliest tokens; 0 is off", parse=non_negative_int)
     top_p: float = flag(1.0, "sample from the likeliest tokens that hold this share; 1 is off")
 
-    def __post_init__(self):
+    def check(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature is a finite number >= 0, got {self.temperature}")
         if 0.0 < self.temperature < _LOWEST_TEMPERATURE:
@@ -280,8 +302,7 @@ class SamplingFlags:
             raise ValueError("--top-k and --top-p choose among samples: give --temperature too")
 
 
-@dataclass(frozen=True)
-class CompareFlags:
+class CompareFlags(Flags):
     """compare: load against skip, in isolated processes"""
 
     compare_load_vs_skip: bool = flag(
@@ -290,8 +311,7 @@ class CompareFlags:
     compare_runs: int = flag(2, "processes per side", parse=positive_int)
 
 
-@dataclass(frozen=True)
-class ComparisonFlags:
+class ComparisonFlags(Flags):
     """results of compare and benchmark"""
 
     plot: Path | None = flag(None, "PNG or SVG file to draw the result into (needs matplotlib)")
@@ -302,8 +322,7 @@ class ComparisonFlags:
     )
 
 
-@dataclass(frozen=True)
-class BenchmarkFlags:
+class BenchmarkFlags(Flags):
     """benchmark"""
 
     modes: tuple[str, ...] = flag(MODES[:3], "to measure", parse=mode_names, often=True)
@@ -313,8 +332,7 @@ class BenchmarkFlags:
     )
 
 
-@dataclass(frozen=True)
-class EquivalenceFlags:
+class EquivalenceFlags(Flags):
     """equivalence"""
 
     logit_prompt_lengths: tuple[int, ...] = flag(
@@ -326,15 +344,13 @@ class EquivalenceFlags:
 _STORES = "a folder, hf://org/name, s3://bucket/folder, or another that fsspec knows"
 
 
-@dataclass(frozen=True)
-class PublishFlags:
+class PublishFlags(Flags):
     """store"""
 
     publish: str | None = flag(None, f"URL of a store to put the artifact into: {_STORES}")
 
 
-@dataclass(frozen=True)
-class FetchFlags:
+class FetchFlags(Flags):
     """store"""
 
     fetch: str | None = flag(

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +78,8 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
             status = 0  # `| head` has seen enough, which is no failure
         else:
             if "--debug" in argv:
+                import traceback
+
                 traceback.print_exc()
             print(f"error: {line}", file=sys.stderr)
         try:

@@ -92,7 +92,7 @@ def edit_metadata(pair: ArtifactPair, **changes: Any) -> None:
             value = change(old[inner]) if callable(change) else change
             change = {key: old[key] for key in old if key != inner}
             change |= {} if value is ... else {inner: value}
-        manifest = dataclasses.replace(manifest, **{outer: change})
+        manifest = manifest._replace(**{outer: change})
     pair.metadata_path.write_text(dump_manifest(manifest))
 
 

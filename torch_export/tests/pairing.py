@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ class Pairing:
         return Prompt(ids, new_tokens, stop_ids, bucket_pad)
 
     def packaged(self, prompt: Prompt, on_token=lambda token: None, **sampling) -> list[int]:
-        self.engine.plan = replace(self.plan, bucket_pad=prompt.bucket_pad)
+        self.engine.plan = self.plan._replace(bucket_pad=prompt.bucket_pad)
         tokens = []
         choices = {"stop_ids": prompt.stop_ids} | sampling
         for token in self.engine.tokens(prompt.token_ids, prompt.new_tokens, **choices):

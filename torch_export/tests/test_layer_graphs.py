@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from aotinductor.build import layer_graphs, layer_package
-from aotinductor.build.compiler import compile_program, library_of
+from aotinductor.build.compiler import compile_program
 from aotinductor.build.layer_graphs import export_program, make_programs
-from aotinductor.build.torch_steps import TorchSteps
+from aotinductor.build.torch_steps import torch_steps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
 from aotinductor.lengths import make_bounds
@@ -57,14 +57,11 @@ def engine_of(model, programs: dict) -> KvEngine:
     widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
     state = State.make(memory, cache, *widths)
     weights = dict(model.named_parameters())
-    steps = TorchSteps(programs, details["programs"], weights, state, memory)
-    steps.rotate_with(**details["rope"])
-    return KvEngine(steps, state, cache, memory)
+    return KvEngine(torch_steps(programs, details, weights, state, memory), state, cache, memory)
 
 
 def uncompiled_engine(model) -> KvEngine:
-    programs = make_programs(model)
-    return engine_of(model, {name: lambda t, p=one: p(*t) for name, one in programs.items()})
+    return engine_of(model, make_programs(model))
 
 
 def make_prompt(length: int) -> list[int]:
@@ -168,8 +165,10 @@ def compile_programs(model) -> Compiled:
         exported = export_program(program, model, shape_of(model), BOUNDS)
         files = compile_program(exported, layer_package.program_options(name, model, False))
         (source,) = (file for file in files if file.endswith(".wrapper.cpp"))
+        (library,) = (file for file in files if file.endswith(".so"))
         # linked with libtorch, as without `linked_with`, and run by torch's own runner
-        run[name] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library_of(files)), 1).run
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
+        run[name] = lambda *tensors, runner=runner: runner.run(list(tensors))
         sources[name] = Path(source).read_text()
     return Compiled(run, sources)
 

@@ -12,7 +12,6 @@ import functools
 import os
 import re
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.measure.measures import COUNTERS
@@ -26,13 +25,13 @@ _TUNING = (
 )
 
 
-@dataclass
 class Watch:
     """Grows while the process compiles: everything in it is observed, nothing steered."""
 
-    before: set[Path]  # kernels and helpers that were there already
-    restored: set[Path] = field(default_factory=set)  # put there by an artifact
-    cudagraph_replays: int = 0
+    def __init__(self, before: set[Path]):
+        self.before = before  # kernels and helpers that were there already
+        self.restored: set[Path] = set()  # put there by an artifact
+        self.cudagraph_replays = 0
 
 
 @functools.cache

@@ -148,7 +148,7 @@ def benchmark_table(document: dict, verbose: bool = False) -> str:
     rows = [[one.title, *(entry[one.key] for entry in entries)] for one in shown]
     ratios = {"ttft_cold, x floor": "ttft_cold_over_floor"}
     if verbose:
-        ratios["decode / copy bandwidth"] = "decode_bandwidth_share"
+        ratios["decode / read bandwidth"] = "decode_bandwidth_share"
     for label, key in ratios.items():
         if any(entry[key] for entry in entries):  # none without the mode floor
             rows.append([label, *(number(entry[key], 2) for entry in entries)])

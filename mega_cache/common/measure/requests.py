@@ -64,8 +64,7 @@ def serve_requests(
         "metrics": measures.run_metrics(requests, setup_seconds, stages.elapsed()),
         "decode": _decode_rates(target, len(prompts[0]), requests),
         "stages": stages.seconds,
-        "hidden_stages": stages.hidden,
-        "requests": [vars(request) for request in requests],
+        "requests": [request._asdict() for request in requests],
         "compile": read_counts(watch),
         "device_memory": _device_memory(target),
         "output": {

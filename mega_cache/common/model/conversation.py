@@ -8,7 +8,7 @@ from common.model.tokenizer import Generate, TextCodec, text_printer
 
 def wants_conversation(flags: PromptFlags) -> bool:
     """Say whether `--chat` was given on a terminal, and nothing to ask."""
-    asked = flags.prompt != PromptFlags.prompt or flags.prompt_length or flags.prompts_file
+    asked = flags.prompt != PromptFlags().prompt or flags.prompt_length or flags.prompts_file
     return flags.chat and not asked and sys.stdin is not None and sys.stdin.isatty()
 
 

@@ -5,12 +5,9 @@ transformers costs a lean start 1.7 s.
 """
 
 import json
-import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +41,17 @@ _CLEANED = {
 _MAY_BE_CLEANED = re.compile(r"(?: ')*(?: [^ ]{0,3})?$")
 
 
-@dataclass(frozen=True)
 class TextCodec:
     """A checkpoint's tokenizer with its chat template, as transformers has them."""
 
-    tokenizer: "Tokenizer"
-    special: dict[str, Any]  # like bos_token -> its text
-    chat_template: str | None
-    vocab_size: int  # of the model: ids below it have a row in the embedding
-    cleans_up: bool = False  # decoding ends in clean_up_tokenization
+    def __init__(
+        self, tokenizer: "Tokenizer", special: dict[str, Any], chat_template: str | None,
+        vocab_size: int, cleans_up: bool = False,
+    ):  # fmt: skip
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.special = special  # like bos_token -> its text
+        self.vocab_size = vocab_size  # of the model: ids below it have a row in the embedding
+        self.cleans_up = cleans_up  # decoding ends in clean_up_tokenization
 
     def encode(self, prompt: str | Messages, chat: bool = False) -> list[int]:
         """Return the token ids of the bare text, or of messages in the chat template.
@@ -116,6 +115,8 @@ class TextCodec:
 
     def synthetic_prompt(self, length: int, seed: int) -> list[int]:
         """Return `length` seeded random token ids, none of them special."""
+        import random
+
         ordinary = self.tokenizer.get_vocab_size(with_added_tokens=False)
         ordinary = min(ordinary, self.vocab_size)
         generator, ids = random.Random(seed), []
@@ -262,6 +263,8 @@ def _clean(text: str) -> str:
 
 def _chat_environment():
     """Return jinja2 as transformers (4.57 to 5.24) sets it up for chat templates."""
+    from datetime import datetime
+
     import jinja2.nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

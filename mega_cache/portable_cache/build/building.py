@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -16,6 +16,7 @@ from common.cli import Console
 from common.compiler import counts, toolchain
 from common.measure import report, trials
 from common.measure.measures import Stages, process_start
+from common.model.eager import eager_logits
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, load_codec
 from portable_cache import torch_private
@@ -96,7 +97,7 @@ def build(
     if what.verify:
         verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
-    written = asdict(write_artifact(pair, manifest, saved.blob))
+    written = write_artifact(pair, manifest, saved.blob)._asdict()
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
         "shortcomings": torch_private.lost, **written,
@@ -110,6 +111,7 @@ def make_builder(target: Target, flags: CompileFlags, seed: int, console: Consol
     generation.make_cache(model, 2)  # refused now, not after a compile
     eager = generation.make_model(target, there, generation.STOCK_ATTENTION)
     codec = load_codec(target.checkpoint)
+    eager_logits(eager, codec.synthetic_prompt(16, seed), 1)  # an overflow is told now as well
     return Builder(target, flags, seed, console, codec, model, eager)
 
 
@@ -177,5 +179,5 @@ def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
 
 def write_artifact(pair: ArtifactPair, manifest: Manifest, blob: bytes) -> Manifest:
     return write_pair(
-        pair, lambda path: path.write_bytes(blob), lambda record: replace(manifest, file=record)
+        pair, lambda path: path.write_bytes(blob), lambda record: manifest._replace(file=record)
     )

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from common.cli import Console
 from common.errors import ScriptError
 from common.measure.report import logit_errors, logits_document
-from common.model.eager import load_model
+from common.model.eager import eager_logits, load_model
 from common.model.target import Target
 from common.model.tokenizer import load_codec
 from portable_cache.flags import APPROACH
@@ -28,7 +28,7 @@ def largest_margin(eager: PreTrainedModel, prompt: list[int], token_ids: list[in
 
     In standard deviations of its logits; 0 where every token is its first choice.
     """
-    logits = eager_logits(eager, prompt, token_ids)
+    logits = eager_logits(eager, prompt + token_ids[:-1], len(token_ids))
     chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
     return float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
 
@@ -40,12 +40,6 @@ def check_margin(what: str, margin: float, dtype_name: str) -> None:
             f"{what}: the compiled model chose a token that eager puts {margin:.3g} standard "
             "deviations of its logits behind its own choice"
         )
-
-
-def eager_logits(eager: PreTrainedModel, prompt: list[int], forced: list[int]) -> torch.Tensor:
-    """Return the logits of the tokens after `prompt` if they are `forced`: (forced, vocab)."""
-    ids = torch.tensor([prompt + forced[:-1]], device=eager.device)  # (1, all but the last)
-    return eager(ids, use_cache=False, logits_to_keep=len(forced)).logits[0].float().cpu()
 
 
 def compare_logits(
@@ -61,9 +55,10 @@ def compare_logits(
     for length in console.bar(lengths, "logits", "prompt"):
         prompt = codec.synthetic_prompt(length, seed)
         forced = generate(prompt, lambda token_id: None)
-        expected = eager_logits(reference, prompt, forced)
+        ids = prompt + forced[:-1]
+        expected = eager_logits(reference, ids, steps)
         errors = {
-            "eager": logit_errors(eager_logits(eager, prompt, forced), expected),
+            "eager": logit_errors(eager_logits(eager, ids, steps), expected),
             "load": logit_errors(generated_logits(model, cache, prompt, forced), expected),
         }
         margin = largest_margin(eager, prompt, forced)

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -491,7 +490,7 @@ def test_a_rehearsals_artifact_is_for_rehearsals_only(pair, monkeypatch):
     write_pair(
         pair,
         lambda path: path.write_bytes(content_of(0)) and None,
-        lambda record: replace(manifest_of(record), environment={"rehearsal": True}),
+        lambda record: manifest_of(record)._replace(environment={"rehearsal": True}),
     )
     assert read_build(pair) == 0
     monkeypatch.delenv(REHEARSAL_VARIABLE)

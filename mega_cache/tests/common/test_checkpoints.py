@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
 from common.model import resolve
-from common.model.checkpoint import resolve_checkpoint
+from common.model.checkpoint import Checkpoint, resolve_checkpoint
 from common.model.resolve import ask_transformers, read_config
 from common.model.tokenizer import load_codec
 
@@ -346,7 +345,7 @@ def test_a_folder_without_weights_is_refused_where_they_are_needed(described):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_by_name(tiny):
-    codec = load_codec(replace(tiny, resolved=tiny.resolved | {
+    codec = load_codec(Checkpoint(tiny.folder, "any", None, tiny.resolved | {
         "architecture": tiny.resolved["architecture"] | {"vocab_size": 258},
     }))  # fmt: skip
     assert codec.encode("plain")

@@ -1,7 +1,5 @@
 """Flags: declared once, refused in one line, and handed on as the user wrote them."""
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,19 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import cli as flags
-from common.cli import config_of, flag, parse_flags, positive_ints, words_besides
+from common.cli import Flags, config_of, flag, parse_flags, positive_ints, words_besides
 
 
-@dataclass(frozen=True)
-class Mine:
+class Mine(Flags):
     """flags of a parent"""
 
     runs: int = flag(2, "processes")
     strict: bool = flag(False, "fail early")
 
 
-@dataclass(frozen=True)
-class Theirs:
+class Theirs(Flags):
     """flags of its trials"""
 
     text: str = flag("hello", "any text")
@@ -29,13 +25,13 @@ class Theirs:
     place: Path | None = flag(None, "a file")
 
 
-GROUPS = [group for group in vars(flags).values() if dataclasses.is_dataclass(group)]
+GROUPS = [one for one in vars(flags).values() if flags._is_group(one) and one is not Flags]
 
 
 def test_every_flag_has_a_help_text_and_no_flag_is_declared_twice():
-    fields = [field for group in GROUPS for field in dataclasses.fields(group)]
-    assert all(field.metadata["help"] for field in fields)
-    names = [field.name for field in fields]
+    assert GROUPS
+    names = [name for group in GROUPS for name in group.__annotations__]
+    assert all(getattr(group, name).help for group in GROUPS for name in group.__annotations__)
     assert len(names) == len(set(names)) > 20
 
 

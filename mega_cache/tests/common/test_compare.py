@@ -1,7 +1,6 @@
 """compare and benchmark over real processes: what they print, keep and refuse."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
@@ -10,6 +9,7 @@ from common.cli import (
     CompareFlags,
     ComparisonFlags,
     FetchFlags,
+    Flags,
     PromptFlags,
     SharedFlags,
 )
@@ -39,11 +39,10 @@ open(flags["json"], "w").write(json.dumps(result))
 """
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Flags):
     shared: SharedFlags
-    prompt: PromptFlags = PromptFlags()
-    store: FetchFlags = FetchFlags()
+    prompt: PromptFlags
+    store: FetchFlags
 
 
 @pytest.fixture

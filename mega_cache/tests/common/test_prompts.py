@@ -3,11 +3,10 @@
 import io
 import os
 import sys
-from dataclasses import dataclass
 
 import pytest
 
-from common.cli import Console, PromptFlags
+from common.cli import Console, Flags, PromptFlags
 from common.errors import UsageError
 from common.measure.measures import Stages, process_start
 from common.measure.requests import serve_requests
@@ -143,8 +142,7 @@ def test_what_is_no_whole_text_is_shown_at_the_end(codec, capsys):
 def test_the_same_prompt_is_shown_once_unless_all_are_asked_for(
     tiny, codec, capsys, show_completions, times
 ):
-    @dataclass(frozen=True)
-    class Settings:
+    class Settings(Flags):
         prompt: PromptFlags
 
     def generate(prompt, on_token):

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,8 +64,7 @@ def build(pair, number, environment=HERE, recipe=None, verified=True, size=SMALL
         write_pair(
             pair,
             lambda path: path.write_bytes(content_of(number).ljust(size, b"x")) and None,
-            lambda record: replace(
-                manifest_of(record, number),
+            lambda record: manifest_of(record, number)._replace(
                 environment=environment,
                 recipe={"device": "cuda"} | (recipe or {}),
                 details={"build": number, "verified": verified},

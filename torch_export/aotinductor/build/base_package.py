@@ -7,7 +7,6 @@ graph of two plain tensors is the whole model, which torch's plain loader opens.
 import re
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -121,5 +120,6 @@ def describe_constants(
         aliases = [key for key in same if key != name]
         dtype = str(tensor.dtype).removeprefix("torch.")
         offset = offsets[name] if offsets else None
-        rows.append(asdict(Constant(name, tuple(tensor.shape), dtype, aliases, values, offset)))
+        row = Constant(name, tuple(tensor.shape), dtype, aliases, values, offset)
+        rows.append(row._asdict())
     return rows

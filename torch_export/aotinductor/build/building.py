@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from aotinductor.build.runtime_compile import compile_package, open_compiled
@@ -19,7 +18,7 @@ from common.artifact.disk import TrustFlags
 from common.cli import Console
 from common.compiler import toolchain
 from common.measure.measures import Stages, process_start
-from common.model.eager import load_model
+from common.model.eager import eager_logits, load_model
 from common.model.target import choose_target
 
 # beside the weights: code, and the copies that the compiler packs for its own kernels
@@ -50,6 +49,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     def produce(path: Path) -> None:
         with shown("weights"):
             model = load_model(target)
+            eager_logits(model, list(range(8)), 1)  # an overflow is told now, not after minutes
         with shown("compile"):
             how = (path, embed, settings.graph.max_autotune)
             found = compile_package(model, bounds, settings.slots, *how)
@@ -67,4 +67,4 @@ def build(settings: BuildSettings, console: Console) -> dict:
         return manifest.Manifest(manifest.SCHEMA, *what, file, seconds, details)
 
     written = disk.write_pair(pair, produce, describe)
-    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **asdict(written)}
+    return {"kind": "build", "command": sys.argv, "stages": stages.seconds, **written._asdict()}

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from aotinductor import torch_private
 from aotinductor.lengths import Bounds
 from aotinductor.recipe import COMMON_LEVEL, machine_of
-from common.errors import ScriptError
 
 
 def compile_program(
@@ -54,11 +52,3 @@ def portable_host_code(device: torch.device) -> Iterator[None]:
     options = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
     with torch_private.inductor_settings(options), torch_private.host_code_for(COMMON_LEVEL):
         yield
-
-
-def library_of(files: list[str]) -> Path:
-    """Return the one library among a program's files."""
-    libraries = [Path(file) for file in files if file.endswith(".so")]
-    if len(libraries) != 1:
-        raise ScriptError(f"a program of {len(libraries)} libraries was compiled, not of one")
-    return libraries[0]

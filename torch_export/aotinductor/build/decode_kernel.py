@@ -23,17 +23,30 @@ PROGRAMS = 128
 
 
 @triton.jit
-def rotate(first, second, cos, sin):
-    """Turn the two halves of a head by its position, as `layer_graphs.rotate`."""
-    return first * cos - second * sin, second * cos + first * sin
+def load_turned(
+    at, mask, norm_ptr, eps, cos, sin, dtype, NORMED: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Return the two halves of some heads (rows, HALF), normed if NORMED, turned by `cos`, `sin`.
+
+    As `layer_graphs.rms_norm` and `rotate`, in float32, and rounded to `dtype` once.
+    """
+    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+    if NORMED:
+        half = tl.arange(0, HALF)[None, :]
+        mean_square = tl.sum(first * first + second * second, 1) / (2 * HALF)
+        shrink = tl.rsqrt(mean_square + eps)[:, None]
+        first *= shrink * tl.load(norm_ptr + half).to(tl.float32)
+        second *= shrink * tl.load(norm_ptr + HALF + half).to(tl.float32)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
 @triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, parts_ptr, lse_ptr,
-    slots, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, q_norm_ptr, k_norm_ptr,
+    parts_ptr, lse_ptr, slots, scale, eps,
+    NORMED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, split): attention of the head's query group to the split's slots.
 
@@ -50,27 +63,21 @@ def attend_kernel(
     row = tl.arange(0, ROWS)
 
     # rope holds the cosines, then the signed sines: the second half of those has the plus
-    cos = tl.load(rope_ptr + position * HEAD + half).to(tl.float32)
-    sin = tl.load(rope_ptr + (slots + position) * HEAD + HALF + half).to(tl.float32)
+    cos = tl.load(rope_ptr + position * HEAD + half)[None, :]
+    sin = tl.load(rope_ptr + (slots + position) * HEAD + HALF + half)[None, :]
     in_group = row[:, None] < GROUP
     q_at = q_ptr + (head * GROUP + row[:, None]) * HEAD + half[None, :]
-    q_first = tl.load(q_at, mask=in_group, other=0.0).to(tl.float32)
-    q_second = tl.load(q_at + HALF, mask=in_group, other=0.0).to(tl.float32)
-    q_first, q_second = rotate(q_first, q_second, cos[None, :], sin[None, :])
-    q_first = q_first.to(dtype)
-    q_second = q_second.to(dtype)
+    q_first, q_second = load_turned(q_at, in_group, q_norm_ptr, eps, cos, sin, dtype, NORMED, HALF)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum_first = tl.zeros([ROWS, HALF], tl.float32)
     sum_second = tl.zeros([ROWS, HALF], tl.float32)
     if split == 0:
-        new = head * HEAD + half
-        k_first = tl.load(k_ptr + new).to(tl.float32)
-        k_second = tl.load(k_ptr + new + HALF).to(tl.float32)
-        k_first, k_second = rotate(k_first, k_second, cos, sin)
-        k_first = k_first.to(dtype)
-        k_second = k_second.to(dtype)
+        new = head * HEAD + half[None, :]
+        k_first, k_second = load_turned(
+            k_ptr + new, new >= 0, k_norm_ptr, eps, cos, sin, dtype, NORMED, HALF
+        )
         v_first = tl.load(v_ptr + new)
         v_second = tl.load(v_ptr + new + HALF)
         slot = position * WIDTH + new
@@ -78,12 +85,12 @@ def attend_kernel(
         tl.store(keys_ptr + slot + HALF, k_second)
         tl.store(values_ptr + slot, v_first)
         tl.store(values_ptr + slot + HALF, v_second)
-        products = q_first.to(tl.float32) * k_first.to(tl.float32)[None, :]
-        products += q_second.to(tl.float32) * k_second.to(tl.float32)[None, :]
+        products = q_first.to(tl.float32) * k_first.to(tl.float32)
+        products += q_second.to(tl.float32) * k_second.to(tl.float32)
         peak = tl.sum(products, 1) * scale
         total += 1.0
-        sum_first += v_first.to(tl.float32)[None, :]
-        sum_second += v_second.to(tl.float32)[None, :]
+        sum_first += v_first.to(tl.float32)
+        sum_second += v_second.to(tl.float32)
 
     share = tl.cdiv(tl.cdiv(position, tl.num_programs(1)), BLOCK) * BLOCK
     begin = split * share
@@ -127,14 +134,17 @@ def attend(
     values: Tensor,
     position: Tensor,
     rope: Tensor,
+    norms: list[Tensor],
     scale: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel for q (heads * head_dim,), k and v (kv_heads * head_dim,) of one token.
 
     Writes slot `position` (1,) of the layer's tables, keys and values (rows, kv_heads * head_dim);
-    rope is (2, slots, head_dim). Returns, in float32, what each split sees and the logarithm of its
-    weight: (splits, heads, head_dim) and (splits, heads). torch.export keeps it as an operator, and
-    Inductor sees into it.
+    rope is (2, slots, head_dim). `norms`: the weights (head_dim,) of the norms of each head of q
+    and of k, where the model has them. Returns, in float32, what each split sees and the logarithm
+    of its weight: (splits, heads, head_dim) and (splits, heads). torch.export keeps it as an
+    operator, and Inductor sees into it.
     """
     _, slots, head_dim = rope.shape
     heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
@@ -144,8 +154,9 @@ def attend(
     lse = torch.empty(splits, heads, dtype=torch.float32, device=q.device)
     rows = max(DOT_MINIMUM, triton.next_power_of_2(group))
     wrap_triton(attend_kernel)[(kv_heads, splits)](
-        q, k, v, keys, values, position, rope, parts, lse, slots, scale,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=rows, HALF=head_dim // 2, BLOCK=BLOCK, num_warps=4,
+        q, k, v, keys, values, position, rope, *(norms or (q, k)), parts, lse, slots, scale, eps,
+        NORMED=bool(norms), KV_HEADS=kv_heads, GROUP=group, ROWS=rows, HALF=head_dim // 2,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return parts, lse
 
@@ -158,10 +169,10 @@ def join(parts: Tensor, lse: Tensor) -> Tensor:
     return (parts * weights).sum(0) / weights.sum(0)
 
 
-def kernel_attention(q, k, v, keys, values, position, rope, scale):
+def kernel_attention(q, k, v, keys, values, position, rope, norms, scale, eps):
     """As `layer_graphs.plain_attention`, but no slot beyond `position` is read."""
-    parts, lse = attend(q, k, v, keys, values, position, rope, scale)
-    return join(parts, lse).flatten().to(q.dtype)
+    q, k, v = (one.to(keys.dtype) for one in (q, k, v))
+    return join(*attend(q, k, v, keys, values, position, rope, norms, scale, eps)).flatten()
 
 
 def supports(head_dim: int) -> bool:

@@ -46,9 +46,11 @@ PARTS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 EMBEDDING = "model.embed_tokens.weight"
 
 Tensors = Mapping[str, Tensor]
+Run = Callable[[Tensors, "LayerKind"], None]
 
 
 @dataclass(frozen=True)
@@ -104,104 +106,89 @@ class Program(nn.Module):
     A name is one of the state's, or a checkpoint's, in which {layer} is a layer's number.
     """
 
-    state: tuple[str, ...]
-
-    def __init__(self, kind: LayerKind, weights: dict[str, str]):
+    def __init__(self, run: Run, kind: LayerKind, state: tuple[str, ...], weights: dict[str, str]):
         """`weights`: name in the program -> name in a checkpoint."""
         super().__init__()
-        self.kind = kind
-        self.names = (*self.state, *weights)
-        self.inputs = (*self.state, *weights.values())
+        self.run, self.kind = run, kind
+        self.names = (*state, *weights)
+        self.inputs = (*state, *weights.values())
 
     def forward(self, *tensors: Tensor) -> None:
-        self.run(dict(zip(self.names, tensors, strict=True)))
-
-    def run(self, given: Tensors) -> None:
-        raise NotImplementedError
+        self.run(dict(zip(self.names, tensors, strict=True)), self.kind)
 
 
-class LayerProgram(Program):
-    def __init__(self, kind: LayerKind):
-        super().__init__(kind, {name: f"model.layers.{{layer}}.{name}" for name in kind.weights})
+def make_programs(causal_lm) -> dict[str, Program]:
+    """Return the programs of a model by name, in the order of a sequence."""
+    kind, head_weight = describe_layers(causal_lm), "lm_head.weight"
+    if causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight:
+        head_weight = EMBEDDING
+    of_head = {"norm.weight": "model.norm.weight", "head.weight": head_weight}
+    of_head["embedding"] = EMBEDDING
+    of_layer = {name: f"model.layers.{{layer}}.{name}" for name in kind.weights}
+    tables = ("rope", "keys", "values")
+    return {
+        "prefill_layer": Program(prefill_layer, kind, ("hidden", *tables), of_layer),
+        "decode_layer": Program(decode_layer, kind, ("row", "position", *tables), of_layer),
+        "head": Program(head, kind, ("row", "logits", "token", "position"), of_head),
+    }
 
 
-class PrefillLayer(LayerProgram):
+def prefill_layer(given: Tensors, kind: LayerKind) -> None:
     """One layer over a prompt: changes `hidden`, writes the first `padded` rows of the tables."""
-
-    state = ("hidden", "rope", "keys", "values")
-
-    def run(self, given: Tensors) -> None:
-        hidden, kind = given["hidden"], self.kind
-        padded = hidden.shape[1]
-        rotation, places = given["rope"][:, :padded], torch.arange(padded, device=hidden.device)
-        normed = rms_norm(hidden, given, "input_layernorm", kind.eps)
-        q, k, v = (
-            split_heads(linear(normed, given, f"self_attn.{name}_proj"), kind.head_dim)
-            for name in "qkv"
-        )  # (1, heads, padded, head_dim)
-        q = rotate(head_norm(q, given, "self_attn.q_norm", kind.eps), rotation)
-        k = rotate(head_norm(k, given, "self_attn.k_norm", kind.eps), rotation)
-        given["keys"].index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
-        given["values"].index_copy_(0, places, v.transpose(1, 2).flatten(2)[0])
-        # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
-        seen = causal_attention(q, k, v, kind.scaling).transpose(1, 2).flatten(2)
-        attended = hidden + linear(seen, given, "self_attn.o_proj")
-        normed = rms_norm(attended, given, "post_attention_layernorm", kind.eps)
-        gate, up = (linear(normed, given, f"mlp.{name}_proj") for name in ("gate", "up"))
-        hidden.copy_(attended + linear(kind.activate(gate) * up, given, "mlp.down_proj"))
+    hidden, norms = given["hidden"], [given[name] for name in HEAD_NORMS if name in given]
+    padded = hidden.shape[1]
+    rotation, places = given["rope"][:, :padded], torch.arange(padded, device=hidden.device)
+    normed = rms_norm(hidden, given["input_layernorm.weight"], kind.eps)
+    q, k, v = (
+        split_heads(linear(normed, given, f"self_attn.{name}_proj"), kind.head_dim)
+        for name in "qkv"
+    )  # (1, heads, padded, head_dim)
+    q, k = head_norms(q, k, norms, kind.eps)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    given["keys"].index_copy_(0, places, k.transpose(1, 2).flatten(2)[0])
+    given["values"].index_copy_(0, places, v.transpose(1, 2).flatten(2)[0])
+    # The prompt starts an empty cache: what it sees is its own k and v, not the slots.
+    seen = causal_attention(q, k, v, kind.scaling).transpose(1, 2).flatten(2)
+    attended = hidden + linear(seen, given, "self_attn.o_proj")
+    normed = rms_norm(attended, given["post_attention_layernorm.weight"], kind.eps)
+    gate, up = (linear(normed, given, f"mlp.{name}_proj") for name in ("gate", "up"))
+    hidden.copy_(attended + linear(kind.activate(gate) * up, given, "mlp.down_proj"))
 
 
-class DecodeLayer(LayerProgram):
+def decode_layer(given: Tensors, kind: LayerKind) -> None:
     """One layer over one token: changes `row`, writes slot `position` of the tables.
 
     Every product has one row and is written as a sum (`products`): Inductor makes each of them one
     kernel that reads the weights once. A library's product could not be fused with what is around
     it, would be chosen by tuning, and on a CPU reads at half the speed.
     """
-
-    state = ("row", "position", "rope", "keys", "values")
-
-    def run(self, given: Tensors) -> None:
-        row, keys, kind = given["row"], given["keys"], self.kind
-        projections = [f"self_attn.{name}_proj" for name in "qkv"]
-        q, k, v = products(row, given, projections, kind, "input_layernorm")
-        q = head_norm(q.view(-1, kind.head_dim), given, "self_attn.q_norm", kind.eps).flatten()
-        k = head_norm(k.view(-1, kind.head_dim), given, "self_attn.k_norm", kind.eps).flatten()
-        if kind.on_cuda:  # what the kernel takes; on a CPU all but the tables stays float32
-            q, k, v = (one.to(keys.dtype) for one in (q, k, v))
-        tables = (keys, given["values"], given["position"], given["rope"])
-        seen = kind.attend(q, k, v, *tables, kind.scaling)
-        (added,) = products(materialized(seen), given, ["self_attn.o_proj"], kind)
-        attended = materialized((row + added).to(row.dtype))
-        wide = ["mlp.gate_proj", "mlp.up_proj"]
-        gate, up = products(attended, given, wide, kind, "post_attention_layernorm")
-        gated = materialized((kind.activate(gate) * up).to(row.dtype))
-        (added,) = products(gated, given, ["mlp.down_proj"], kind)
-        row.copy_(attended + added)
+    row, norms = given["row"], [given[name] for name in HEAD_NORMS if name in given]
+    projections = [f"self_attn.{name}_proj" for name in "qkv"]
+    q, k, v = products(row, given, projections, kind, "input_layernorm")
+    tables = (given[name] for name in ("keys", "values", "position", "rope"))
+    seen = kind.attend(q, k, v, *tables, norms, kind.scaling, kind.eps)
+    (added,) = products(materialized(seen), given, ["self_attn.o_proj"], kind)
+    attended = materialized((row + added).to(row.dtype))
+    wide = ["mlp.gate_proj", "mlp.up_proj"]
+    gate, up = products(attended, given, wide, kind, "post_attention_layernorm")
+    gated = materialized((kind.activate(gate) * up).to(row.dtype))
+    (added,) = products(gated, given, ["mlp.down_proj"], kind)
+    row.copy_(attended + added)
 
 
-class Head(Program):
+def head(given: Tensors, kind: LayerKind) -> None:
     """From `row` to the logits, the greedy token, and that token's embedding; `position` + 1.
 
     After a prompt too: then `row` is that of the last true token, and `position` its place.
     """
-
-    state = ("row", "logits", "token", "position")
-
-    def __init__(self, kind: LayerKind, tied: bool):
-        head = EMBEDDING if tied else "lm_head.weight"
-        weights = {"norm.weight": "model.norm.weight", "head.weight": head, "embedding": EMBEDDING}
-        super().__init__(kind, weights)
-
-    def run(self, given: Tensors) -> None:
-        (logits,) = products(given["row"], given, ["head"], self.kind, "norm")
-        logits = materialized(logits)[None]
-        given["logits"].copy_(logits)
-        token = first_argmax(logits)
-        given["token"].copy_(token)
-        given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
-        # always 1; said of the token, it needs no launch beside the one that writes the token
-        given["position"].add_((token[0] >= 0).long())
+    (logits,) = products(given["row"], given, ["head"], kind, "norm")
+    logits = materialized(logits)[None]
+    given["logits"].copy_(logits)
+    token = first_argmax(logits)
+    given["token"].copy_(token)
+    given["row"].copy_(F.embedding(token, given["embedding"])[0, 0])
+    # always 1; said of the token, it needs no launch beside the one that writes the token
+    given["position"].add_((token[0] >= 0).long())
 
 
 def products(
@@ -234,16 +221,16 @@ def linear(x: Tensor, weights: Tensors, name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def rms_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension, with Hugging Face's roundings."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weights[f"{name}.weight"] * normed.to(x.dtype)
+    return weight * normed.to(x.dtype)
 
 
-def head_norm(x: Tensor, weights: Tensors, name: str, eps: float) -> Tensor:
-    """The norm of each head, where a model has one: (..., head_dim)."""
-    return rms_norm(x, weights, name, eps) if f"{name}.weight" in weights else x
+def head_norms(q: Tensor, k: Tensor, norms: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Normalise each head (..., head_dim), where a model has norms for them: q's and k's."""
+    return (rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)) if norms else (q, k)
 
 
 def materialized(x: Tensor) -> Tensor:
@@ -301,15 +288,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
-def plain_attention(q, k, v, keys, values, position, rope, scale):
-    """Rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
+def plain_attention(q, k, v, keys, values, position, rope, norms, scale, eps):
+    """Norm, rotate and store one token's k and v; return what its q sees: (heads * head_dim,).
 
-    q (heads * head_dim,), k and v (kv_heads * head_dim,). Reads every row of keys and values.
+    q (heads * head_dim,), k and v (kv_heads * head_dim,), in float32, as what is returned. Reads
+    every row of keys and values. `norms`: weights of the norms of each head of q and k, if any.
     """
     rows, head_dim = keys.shape[0], rope.shape[2]
     rotation = rope[:, position]  # (2, 1, head_dim)
-    q = rotate(q.view(-1, head_dim), rotation)  # (heads, head_dim)
-    k = rotate(k.view(-1, head_dim), rotation)  # (kv_heads, head_dim)
+    q, k = head_norms(q.view(-1, head_dim), k.view(-1, head_dim), norms, eps)
+    q, k = rotate(q, rotation), rotate(k, rotation)  # (heads, head_dim), (kv_heads, head_dim)
     keys.index_copy_(0, position, k.flatten()[None].to(keys.dtype))
     values.index_copy_(0, position, v[None].to(values.dtype))
 
@@ -317,23 +305,12 @@ def plain_attention(q, k, v, keys, values, position, rope, scale):
     grouped = (rows, kv_heads, head_dim)
     all_keys = keys.view(grouped).transpose(0, 1).float()  # (kv_heads, rows, head_dim)
     all_values = values.view(grouped).transpose(0, 1).float()
-    group = materialized(q.view(kv_heads, -1, head_dim)).float()  # (kv_heads, group, head_dim)
+    group = materialized(q.view(kv_heads, -1, head_dim))  # (kv_heads, group, head_dim)
     hidden = torch.arange(rows, device=keys.device) > position
     scores = (all_keys[:, None] * group[:, :, None]).sum(-1) * scale  # (kv_heads, group, rows)
     weights = materialized(scores.masked_fill(hidden, float("-inf")).softmax(-1))
     seen = (all_values[:, None] * weights[..., None]).sum(2)  # (kv_heads, group, head_dim)
-    return seen.flatten().to(q.dtype)
-
-
-def make_programs(causal_lm) -> dict[str, Program]:
-    """Return the programs of a model by name, in the order of a sequence."""
-    kind = describe_layers(causal_lm)
-    tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
-    return {
-        "prefill_layer": PrefillLayer(kind),
-        "decode_layer": DecodeLayer(kind),
-        "head": Head(kind, tied),
-    }
+    return seen.flatten()
 
 
 def state_dtypes(causal_lm) -> dict[str, torch.dtype]:
@@ -363,7 +340,7 @@ def export_program(
     padded, length = example_and_dim(bounds)
     blocks, rows = cache.rows // BLOCK_ROWS, cache.rows
     dynamic = {"hidden": length}
-    if isinstance(program, DecodeLayer) and not program.kind.on_cuda and blocks > 1:
+    if program.run is decode_layer and not program.kind.on_cuda and blocks > 1:
         in_use = {0: BLOCK_ROWS * torch.export.Dim("tables", min=1, max=blocks)}
         dynamic |= {"keys": in_use, "values": in_use}
         rows = 2 * BLOCK_ROWS  # an example of one block would be taken for a constant

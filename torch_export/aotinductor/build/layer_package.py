@@ -4,24 +4,21 @@
     STEM/native/  what a start runs them with: `native.compile`
     STEM/weights/model.safetensors  the checkpoint's tensors, with --embed-weights
 
-Entries are stored, not deflated, and begin at multiples of 64 bytes: they can be used where they
-lie in the file.
+Entries are stored, not deflated: the weights are used where they lie in the file.
 """
 
 import json
-import re
 import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from aotinductor import torch_private
-from aotinductor.build.compiler import compile_program, library_of
+from aotinductor.build.compiler import compile_program
 from aotinductor.build.layer_graphs import (
     Program,
     bytes_of_a_step,
@@ -29,19 +26,16 @@ from aotinductor.build.layer_graphs import (
     make_programs,
     state_dtypes,
 )
-from aotinductor.build.symbols import called_symbols, missing_symbols, stripped
+from aotinductor.build.symbols import missing_symbols, stripped
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import RUNTIME, compile_native
-from common.errors import ScriptError
 
-ALIGNMENT = 64
+ALIGNMENT = 64  # of the weights' content, where vectors are loaded from best
 # A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen
 # places in each layer where several threads would wait for each other. random:tiny, 12 MB, beside
 # other work: 1 to 73 ms a token with two threads, 0.7 to 2.4 with one.
 ONE_THREAD_BYTES = 64 * 2**20
-# what else of a program's files a start reads, beside the library
-_KERNELS = (".cubin",)
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -60,33 +54,22 @@ def compile_layer_package(
     with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
         native = compile_native(Path(folder), causal_lm.device.type)
         entries = {f"native/{name}": file for name, file in native.items()}
-        calls, lacks = set(), {}
+        lacks = {}
         for name, program in programs.items():
             exported = export_program(program, causal_lm, cache, bounds)
             options = program_options(name, causal_lm, max_autotune)
             with torch_private.linked_with(native[RUNTIME]):
                 files = compile_program(exported, options)
-            check_constants(name, exported, files)
-            library = stripped(library_of(files), Path(folder, name))
-            kernels = [Path(file) for file in files if file.endswith(_KERNELS)]
+            (compiled,) = (file for file in files if file.endswith(".so"))
+            library = stripped(Path(compiled), Path(folder, name))
+            kernels = [Path(file) for file in files if file.endswith(".cubin")]
             entries |= {f"programs/{name}/{file.name}": file for file in (library, *kernels)}
-            calls.update(called_symbols(library))
             if missing := missing_symbols(library, native[RUNTIME]):
-                lacks[name] = sorted(missing)
+                lacks[name] = missing
         # each once: a tied head is the embedding's
         embedded = dict(causal_lm.named_parameters()) if embed_weights else {}
         write_package(path, entries, embedded)
-    runtime = {"calls": sorted(calls), "lacks": lacks}
-    return describe_package(causal_lm, cache, programs) | {"runtime": runtime}
-
-
-def check_constants(name: str, exported: torch.export.ExportedProgram, files: list[str]) -> None:
-    """Raise ScriptError if a program holds tensors of its own, traced ones or the compiler's."""
-    held = [*exported.state_dict, *exported.constants]
-    sources = [Path(file).read_text() for file in files if file.endswith(".wrapper.cpp")]
-    held += re.findall(r"constants_info_\[\d+\]\.name = \"([^\"]*)\"", "".join(sources))
-    if held:
-        raise ScriptError(f"{name} holds constants of its own: {', '.join(held)}")
+    return describe_package(causal_lm, cache, programs) | {"runtime": {"lacks": lacks}}
 
 
 def program_options(name: str, causal_lm, max_autotune: bool) -> dict[str, object]:
@@ -114,7 +97,7 @@ def describe_package(causal_lm, cache: CacheShape, programs: Mapping[str, Progra
     return {
         "programs": {name: list(program.inputs) for name, program in programs.items()},
         "dtypes": dtypes,
-        "cache": asdict(cache),
+        "cache": cache._asdict(),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "rope": {
@@ -129,36 +112,27 @@ def write_package(path: Path, entries: Mapping[str, Path], embedded: Mapping[str
     """Write the zip: files by their names in it, and, if there are any, the weights."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, file in entries.items():
-            with open_entry(archive, f"{path.stem}/{name}", file.stat().st_size) as entry:
-                entry.write(file.read_bytes())
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), file.read_bytes())
         if embedded:
-            header, pieces = safetensors(embedded)
-            size = len(header) + sum(one.nbytes for one in pieces)
-            with open_entry(archive, f"{path.stem}/weights/model.safetensors", size) as entry:
-                entry.write(header)
-                for one in pieces:
-                    entry.write(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            header = safetensors_header(embedded)
+            entry = zipfile.ZipInfo(f"{path.stem}/weights/model.safetensors")
+            entry.file_size = len(header) + sum(one.nbytes for one in embedded.values())
+            # a header of the zip: 30 bytes, the name, 20 for a size beyond 4 GiB, and the padding
+            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 20 + 4
+            entry.extra = struct.pack("<HH", 0xD935, -begin % ALIGNMENT) + bytes(-begin % ALIGNMENT)
+            with archive.open(entry, "w", force_zip64=True) as file:
+                file.write(header)
+                for one in embedded.values():
+                    file.write(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def open_entry(archive: zipfile.ZipFile, name: str, size: int):
-    """Return a new entry of so many bytes to write to, whose content begins aligned."""
-    entry = zipfile.ZipInfo(name)
-    entry.file_size = size
-    # the entry's header: 30 bytes, its name, 20 for a size beyond 4 GiB, and a field of padding
-    begin = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
-    entry.extra = struct.pack("<HH", 0xD935, -begin % ALIGNMENT) + bytes(-begin % ALIGNMENT)
-    return archive.open(entry, "w", force_zip64=True)
-
-
-def safetensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
-    """Return the header of a safetensors file, and the tensors in its order, each aligned."""
-    ordered = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what comes before the tensors, in this order, in a safetensors file."""
     header, end = {}, 0
-    for name in ordered:
-        one = tensors[name]
+    for name, one in tensors.items():
         begin, end = end, end + one.nbytes
         described = {"dtype": _SAFETENSORS_NAMES[one.dtype], "shape": list(one.shape)}
         header[name] = described | {"data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text, [tensors[name] for name in ordered]
+    return struct.pack("<Q", len(text)) + text

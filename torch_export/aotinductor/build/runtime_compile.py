@@ -11,7 +11,7 @@ import torch
 from aotinductor.build.base_package import BaseGraph, compile_base_package
 from aotinductor.build.layer_graphs import make_programs
 from aotinductor.build.layer_package import cache_shape, compile_layer_package, describe_package
-from aotinductor.build.torch_steps import TorchSteps
+from aotinductor.build.torch_steps import torch_steps
 from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
@@ -89,22 +89,20 @@ def _torch_compiled(
     cache = cache_shape(model, plan.slots)
     programs = make_programs(model)
     details = describe_package(model, cache, programs)
-    compiled = {}
-    for name, program in programs.items():
-        varies = {
-            "prefill_layer": _dynamic(plan, one_dynamic_graph),
-            "decode_layer": target.device == "cpu",  # there the rows in use change with the length
-        }.get(name, False)
-        graph = torch.compile(program, fullgraph=True, dynamic=varies, mode=mode)
-        compiled[name] = lambda inputs, graph=graph: graph(*inputs)
+    varies = {
+        "prefill_layer": _dynamic(plan, one_dynamic_graph),
+        "decode_layer": target.device == "cpu",  # there the rows in use change with the length
+        "head": False,
+    }
+    compiled = {
+        name: torch.compile(programs[name], fullgraph=True, dynamic=varies[name], mode=mode)
+        for name in programs
+    }
     state, memory = make_state(details, cache, target)
     weights = dict(model.named_parameters())
-    steps = TorchSteps(compiled, details["programs"], weights, state, memory)
-    steps.rotate_with(**details["rope"])
-    engine = KvEngine(steps, state, cache, memory)
+    engine = KvEngine(torch_steps(compiled, details, weights, state, memory), state, cache, memory)
     if target.device == "cuda" and opening.wish.cuda_graph is not False:
-        steps.capture()
-        engine.reset()
+        engine.capture()
     return engine
 
 

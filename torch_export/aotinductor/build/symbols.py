@@ -1,4 +1,4 @@
-"""What a compiled program calls, and what of it a runtime library lacks."""
+"""What a compiled program calls and a runtime library lacks, and what nobody calls."""
 
 import re
 import subprocess
@@ -8,42 +8,30 @@ from pathlib import Path
 _OF_CUDA = re.compile(r"cu(da)?[A-Z]")
 
 
-def called_symbols(program_path: Path) -> list[str]:
-    """Return the functions of torch's C interface that a program calls, sorted.
+def missing_symbols(program: Path, runtime: Path) -> list[str]:
+    """Return what a program calls and the runtime library hasn't: with any it needs libtorch.
 
     For a program that isn't linked with libtorch: what it takes from the C and C++ libraries and
-    from libgomp carries a version, and torch's functions have none.
+    from libgomp carries a version, and functions of torch's C interface have none.
     """
-    symbols = _dynamic_symbols(program_path)
-    names = {name for name, defined in symbols if not defined and "@" not in name}
-    return sorted(name for name in names if not _OF_CUDA.match(name))
+    offered = {name for kind, name in _dynamic_symbols(runtime) if kind not in "Uw"}
+    # U: undefined, and not weak
+    called = {name for kind, name in _dynamic_symbols(program) if kind == "U" and "@" not in name}
+    return sorted(name for name in called - offered if not _OF_CUDA.match(name))
 
 
-def missing_symbols(program_path: Path, runtime_path: Path) -> list[str]:
-    """Return what a program calls and the runtime library hasn't: with any it needs libtorch."""
-    offered = {name for name, defined in _dynamic_symbols(runtime_path) if defined}
-    return [name for name in called_symbols(program_path) if name not in offered]
-
-
-def _dynamic_symbols(library: Path) -> list[tuple[str, bool]]:
-    """Return name and "defined here" of each symbol that has to be there (weak ones don't)."""
+def _dynamic_symbols(library: Path) -> list[tuple[str, str]]:
+    """Return kind and name of each symbol, as `nm` writes them."""
     # of binutils, which a C++ compiler cannot do without
-    command = ["readelf", "--dyn-syms", "--wide", str(library)]
+    command = ["nm", "--dynamic", str(library)]
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    symbols = []
-    for line in table.splitlines():
-        # number: value size type binding visibility section name [(version's number)]
-        fields = line.split()
-        if len(fields) >= 8 and fields[4] == "GLOBAL":
-            symbols.append((fields[7], fields[6] != "UND"))
-    return symbols
+    return [(fields[-2], fields[-1]) for fields in map(str.split, table.splitlines())]
 
 
 def stripped(library: Path, folder: Path) -> Path:
     """Return a copy in a new folder, without what only a debugger reads.
 
-    The newest torch compiles that in, three quarters of a library. `strip` belongs to binutils, as
-    the linker does.
+    The newest torch compiles that in, three quarters of a library.
     """
     folder.mkdir()
     copy = folder / library.name

@@ -17,7 +17,7 @@ from aotinductor.start.kv_engine import KvEngine
 from common.cli import Console, EquivalenceFlags
 from common.errors import ScriptError
 from common.measure.report import logit_errors, logits_document
-from common.model.eager import load_model
+from common.model.eager import eager_logits, load_model
 
 # The largest difference of a logit from eager's, as a share of eager's largest logit. Seen on a
 # CPU: 6e-6, 7e-3 and 4e-2 of random:tiny; 3e-6, 2e-3 and 2e-2 of a real model of 30 layers.
@@ -66,13 +66,6 @@ def describe_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str
         "max_absolute_difference": difference,
         "max_relative_difference": difference / expected.abs().max().item(),
     }
-
-
-@torch.no_grad()
-def eager_logits(model, ids: list[int], count: int) -> torch.Tensor:
-    """Return (count, vocab) float32 on the host: those after each of the last `count` ids."""
-    row = torch.tensor([ids], device=model.device)
-    return model(row, use_cache=False, logits_to_keep=count).logits[0].float().cpu()
 
 
 def engine_logits(

@@ -1,4 +1,4 @@
-#include "attention.h"
+// Attention of a prompt to itself, without its matrix of scores.
 
 #include <omp.h>
 
@@ -18,22 +18,22 @@ constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileColumns = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// out (rows, columns) += left (rows, inner) @ right (inner, columns); rows a multiple of 4, columns
-// of 16.
-void add_product(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
-                 float* out, int64_t out_stride, int64_t rows, int64_t inner, int64_t columns) {
+// out (rows, columns) += left (rows, inner) @ right (inner, columns), where right and out are as
+// wide as `columns`; rows a multiple of 4, columns of 16.
+void add_product(const float* left, int64_t left_stride, const float* right, float* out,
+                 int64_t rows, int64_t inner, int64_t columns) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     for (int64_t column = 0; column < columns; column += kTileColumns) {
-      float* corner = out + row * out_stride + column;
+      float* corner = out + row * columns + column;
       Float8 sums[kTileRows][2];
 #pragma GCC unroll 4
       for (int r = 0; r < kTileRows; r++) {
-        sums[r][0] = load_float8(corner + r * out_stride);
-        sums[r][1] = load_float8(corner + r * out_stride + 8);
+        sums[r][0] = load_float8(corner + r * columns);
+        sums[r][1] = load_float8(corner + r * columns + 8);
       }
       for (int64_t i = 0; i < inner; i++) {
-        const Float8 low = load_float8(right + i * right_stride + column);
-        const Float8 high = load_float8(right + i * right_stride + column + 8);
+        const Float8 low = load_float8(right + i * columns + column);
+        const Float8 high = load_float8(right + i * columns + column + 8);
 #pragma GCC unroll 4
         for (int r = 0; r < kTileRows; r++) {
           const float factor = left[(row + r) * left_stride + i];
@@ -43,91 +43,76 @@ void add_product(const float* left, int64_t left_stride, const float* right, int
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kTileRows; r++) {
-        store_float8(corner + r * out_stride, sums[r][0]);
-        store_float8(corner + r * out_stride + 8, sums[r][1]);
+        store_float8(corner + r * columns, sums[r][0]);
+        store_float8(corner + r * columns + 8, sums[r][1]);
       }
     }
   }
 }
 
-// A (batch, heads, positions, width) tensor, a row at a time.
-struct Heads {
-  const Tensor& tensor;
-
-  void load(int64_t batch, int64_t head, int64_t position, float* to) const {
-    const int64_t* strides = tensor.strides;
-    const int64_t at = batch * strides[0] + head * strides[1] + position * strides[2];
-    load_floats(tensor.data() + at * tensor.element_bytes(), tensor.dtype, strides[3],
-                tensor.sizes[3], to);
-  }
-};
-
 struct Problem {
-  const Heads query, key, value;
-  Tensor &seen, &sums;  // results
-  int64_t heads, group, queries, keys, width;
-  bool causal;
+  const Tensor &query, &key, &value;  // (1, heads or kv_heads, n, width)
+  Tensor &seen, &sums;                // results
+  int64_t heads, group, width;
   float scale;
 };
+
+// Read the row of one head and position as float32.
+void load_row(const Tensor& heads, int64_t head, int64_t position, float* to) {
+  const int64_t at = head * heads.strides[1] + position * heads.strides[2];
+  const char* from = heads.data() + at * heads.element_bytes();
+  load_floats(from, heads.dtype, heads.strides[3], heads.sizes[3], to);
+}
 
 // What one thread works with: some queries of the heads that share a KV head, as rows, against one
 // block of keys after the other.
 class Task {
  public:
-  Task(int64_t rows, int64_t width)
-      : width_(width),
-        padded_width_(rounded_up(width, kTileColumns)),
-        padded_rows_(rounded_up(rows, kTileRows)),
-        queries_(padded_rows_ * width),
-        keys_(width * kKeys),
+  Task(const Problem& problem, int64_t positions)
+      : problem_(problem),
+        width_(problem.width),
+        padded_width_(rounded_up(width_, kTileColumns)),
+        padded_rows_(rounded_up(problem.group * positions, kTileRows)),
+        queries_(padded_rows_ * width_),
+        keys_(width_ * kKeys),
         values_(kKeys * padded_width_),
-        row_(width),
-        scores_(padded_rows_ * kKeys),
-        seen_(padded_rows_ * padded_width_),
-        largest_(padded_rows_),
-        sums_(padded_rows_) {}
+        row_(width_) {}
 
   // Write the results of queries [first, first + count) of each head of the group.
-  void run(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
-    const int64_t rows = problem.group * count;
-    load_queries(problem, batch, kv_head, first, count);
-    const int64_t end = problem.causal ? std::min(problem.keys, first + count) : problem.keys;
-    for (int64_t key = 0; key < end; key += kKeys) {
-      const int64_t key_count = std::min(kKeys, end - key);
-      load_keys(problem, batch, kv_head, key, key_count);
-      std::fill(scores_.begin(), scores_.end(), 0.0f);
-      add_product(queries_.data(), width_, keys_.data(), kKeys, scores_.data(), kKeys,
-                  rounded_up(rows, kTileRows), width_, kKeys);
+  void run(int64_t kv_head, int64_t first, int64_t count) {
+    const int64_t rows = problem_.group * count, head = kv_head * problem_.group;
+    seen_.assign(padded_rows_ * padded_width_, 0.0f);
+    largest_.assign(padded_rows_, kMinusInfinity);
+    sums_.assign(padded_rows_, 0.0f);
+    for (int64_t row = 0; row < rows; row++) {
+      float* query = &queries_[row * width_];
+      load_row(problem_.query, head + row / count, first + row % count, query);
+      for (int64_t i = 0; i < width_; i++) query[i] *= problem_.scale;
+    }
+    for (int64_t key = 0; key < first + count; key += kKeys) {
+      const int64_t key_count = std::min(kKeys, first + count - key);
+      load_keys(kv_head, key, key_count);
+      scores_.assign(padded_rows_ * kKeys, 0.0f);
+      const int64_t whole = rounded_up(rows, kTileRows);
+      add_product(queries_.data(), width_, keys_.data(), scores_.data(), whole, width_, kKeys);
       for (int64_t row = 0; row < rows; row++) {
-        const int64_t seen_keys = problem.causal ? first + row % count + 1 - key : key_count;
+        const int64_t seen_keys = first + row % count + 1 - key;  // a query sees no later ones
         weigh(row, std::clamp<int64_t>(seen_keys, 0, key_count));
       }
-      add_product(scores_.data(), kKeys, values_.data(), padded_width_, seen_.data(),
-                  padded_width_, rounded_up(rows, kTileRows), key_count, padded_width_);
+      add_product(scores_.data(), kKeys, values_.data(), seen_.data(), whole, key_count,
+                  padded_width_);
     }
-    store(problem, batch, kv_head, first, count);
+    for (int64_t row = 0; row < rows; row++) {
+      store(row, (first + row % count) * problem_.heads + head + row / count);
+    }
   }
 
  private:
-  void load_queries(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
-                    int64_t count) {
-    std::fill(seen_.begin(), seen_.end(), 0.0f);
-    std::fill(largest_.begin(), largest_.end(), kMinusInfinity);
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-    for (int64_t row = 0; row < problem.group * count; row++) {
-      float* query = &queries_[row * width_];
-      const int64_t head = kv_head * problem.group + row / count;
-      problem.query.load(batch, head, first + row % count, query);
-      for (int64_t i = 0; i < width_; i++) query[i] *= problem.scale;
-    }
-  }
-
-  void load_keys(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
-                 int64_t count) {
+  void load_keys(int64_t kv_head, int64_t first, int64_t count) {
     for (int64_t key = 0; key < count; key++) {
-      problem.key.load(batch, kv_head, first + key, row_.data());
+      load_row(problem_.key, kv_head, first + key, row_.data());
       for (int64_t i = 0; i < width_; i++) keys_[i * kKeys + key] = row_[i];
-      problem.value.load(batch, kv_head, first + key, &values_[key * padded_width_]);
+      load_row(problem_.value, kv_head, first + key, &values_[key * padded_width_]);
     }
   }
 
@@ -135,89 +120,86 @@ class Task {
   void weigh(int64_t row, int64_t count) {
     float* scores = &scores_[row * kKeys];
     std::fill(scores + count, scores + kKeys, kMinusInfinity);
-    const float before = largest_[row];
-    const float largest = std::max(before, *std::max_element(scores, scores + kKeys));
-    if (largest == kMinusInfinity) {  // it sees none yet, and infinities have no difference
-      std::fill(scores, scores + kKeys, 0.0f);
-      return;
-    }
+    const float largest = std::max(largest_[row], *std::max_element(scores, scores + kKeys));
     Float8 total = {};
     for (int64_t key = 0; key < kKeys; key += 8) {
       const Float8 weights = exponential<Float8, Int8>(load_float8(scores + key) - largest);
       total += weights;
       store_float8(scores + key, weights);
     }
-    const float kept = std::exp(before - largest);
+    const float kept = std::exp(largest_[row] - largest);
     sums_[row] = sums_[row] * kept + sum_of(total);
     largest_[row] = largest;
     float* seen = &seen_[row * padded_width_];
     for (int64_t i = 0; i < padded_width_; i++) seen[i] *= kept;
   }
 
-  void store(const Problem& problem, int64_t batch, int64_t kv_head, int64_t first,
-             int64_t count) {
-    for (int64_t row = 0; row < problem.group * count; row++) {
-      const int64_t head = kv_head * problem.group + row / count;
-      const int64_t position = batch * problem.queries + first + row % count;
-      const int64_t line = position * problem.heads + head;
-      float* seen = &seen_[row * padded_width_];
-      for (int64_t i = 0; i < width_; i++) seen[i] /= sums_[row];
-      char* place = problem.seen.data() + line * width_ * problem.seen.element_bytes();
-      store_floats(seen, width_, place, problem.seen.dtype, 1);
-      reinterpret_cast<float*>(problem.sums.data())[line] = largest_[row] + std::log(sums_[row]);
-    }
+  // Write the result of a row to its line, of one position and head.
+  void store(int64_t row, int64_t line) {
+    float* seen = &seen_[row * padded_width_];
+    for (int64_t i = 0; i < width_; i++) seen[i] /= sums_[row];
+    char* place = problem_.seen.data() + line * width_ * problem_.seen.element_bytes();
+    store_floats(seen, width_, place, problem_.seen.dtype, 1);
+    reinterpret_cast<float*>(problem_.sums.data())[line] = largest_[row] + std::log(sums_[row]);
   }
 
+  const Problem& problem_;
   int64_t width_, padded_width_, padded_rows_;
-  std::vector<float> queries_;        // (rows, width), scaled
-  std::vector<float> keys_;           // (width, kKeys)
-  std::vector<float> values_;         // (kKeys, padded width)
-  std::vector<float> row_;            // (width,)
-  std::vector<float> scores_;         // (rows, kKeys)
-  std::vector<float> seen_;           // (rows, padded width)
-  std::vector<float> largest_, sums_;  // (rows,)
+  std::vector<float> queries_;                 // (rows, width), scaled
+  std::vector<float> keys_, values_;           // (width, kKeys), (kKeys, padded width)
+  std::vector<float> row_;                     // (width,)
+  std::vector<float> scores_, seen_;           // (rows, kKeys), (rows, padded width)
+  std::vector<float> largest_, sums_;          // (rows,)
 };
 
-}  // namespace
-
-std::pair<std::unique_ptr<Tensor>, std::unique_ptr<Tensor>> attend(
-    const Tensor& query, const Tensor& key, const Tensor& value, bool causal, double scale) {
+// query (1, heads, n, width), key and value (1, kv_heads, n, width), any strides; query i sees keys
+// 0 to i. `seen` (1, heads, n, width) over memory of (n, heads, width), and `sums`, the logarithm
+// of each query's sum of exponentials, (1, heads, n) float32 over (n, heads), are new.
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+            Tensor** seen, Tensor** sums) {
   require(query.dims == 4 && key.dims == 4 && value.dims == 4, "attention takes 4 dimensions");
-  const int64_t batches = query.sizes[0], heads = query.sizes[1], n = query.sizes[2];
-  const int64_t width = query.sizes[3], kv_heads = key.sizes[1], m = key.sizes[2];
-  require(key.sizes[0] == batches && key.sizes[3] == width &&
-              std::equal(key.sizes, key.sizes + 4, value.sizes),
+  const int64_t heads = query.sizes[1], n = query.sizes[2], width = query.sizes[3];
+  const int64_t kv_heads = key.sizes[1], fitting[] = {1, kv_heads, n, width};
+  require(query.sizes[0] == 1 && std::equal(fitting, fitting + 4, key.sizes) &&
+              std::equal(fitting, fitting + 4, value.sizes),
           "the shapes of attention don't fit");
   require(kv_heads > 0 && heads % kv_heads == 0, "heads don't share KV heads evenly");
   require(is_floating(query.dtype) && key.dtype == query.dtype && value.dtype == query.dtype,
           "attention takes float32, bfloat16 or float16, all the same");
-  const int64_t sizes[] = {batches, heads, n, width};
   const int64_t strides[] = {n * heads * width, width, heads * width, 1};
   const int64_t sum_strides[] = {n * heads, 1, heads};
-  auto seen = empty_tensor(4, sizes, strides, query.dtype, query.device);
-  auto sums = empty_tensor(3, sizes, sum_strides, kFloat32, query.device);
+  auto results = empty_tensor(4, query.sizes, strides, query.dtype, query.device);
+  auto logarithms = empty_tensor(3, query.sizes, sum_strides, kFloat32, query.device);
 
   const int64_t group = heads / kv_heads;
   const int64_t positions = std::max<int64_t>(1, kQueries / group);  // of one task
-  const int64_t blocks = (n + positions - 1) / positions;
-  const Problem problem{{query}, {key}, {value}, *seen,  *sums,
-                        heads,   group, n,       m,      width,
-                        causal,  static_cast<float>(scale)};
-  const bool worth_threads = 4.0 * batches * heads * n * m * width > kOneThreadOperations;
+  const Problem problem{query, key, value, *results, *logarithms, heads, group, width,
+                        static_cast<float>(scale)};
+  const bool worth_threads = 4.0 * heads * n * n * width > kOneThreadOperations;
   const int threads = worth_threads ? omp_get_max_threads() : 1;
-  std::vector<Task> tasks;
-  for (int thread = 0; thread < threads; thread++) tasks.emplace_back(group * positions, width);
-#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
-  for (int64_t batch = 0; batch < batches; batch++) {
-    for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-      for (int64_t block = 0; block < blocks; block++) {
-        const int64_t first = block * positions;
-        tasks[omp_get_thread_num()].run(problem, batch, kv_head, first,
-                                        std::min(positions, n - first));
-      }
+  std::vector<Task> tasks(threads, Task(problem, positions));
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+  for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+    for (int64_t first = 0; first < n; first += positions) {
+      tasks[omp_get_thread_num()].run(kv_head, first, std::min(positions, n - first));
     }
   }
-  return {std::move(seen), std::move(sums)};
+  *seen = results.release();
+  *sums = logarithms.release();
 }
 
+}  // namespace
 }  // namespace llama
+
+using llama::checked;
+using llama::Tensor;
+
+EXPORTED int32_t aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
+    Tensor* query, Tensor* key, Tensor* value, double dropout, int32_t causal, Tensor** mask,
+    double* scale, Tensor** seen, Tensor** sums) {
+  return llama::as_error_code("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu", [&] {
+    llama::require(dropout == 0 && mask == nullptr && causal != 0 && scale != nullptr,
+                   "attention is causal here, with a scale, without a mask and dropout");
+    llama::attend(checked(query), checked(key), checked(value), *scale, seen, sums);
+  });
+}

@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import EnvironmentProblemError, writing
@@ -31,8 +32,7 @@ def compile_native(folder: Path, device: str) -> dict[str, Path]:
     EnvironmentProblemError with the compiler's first error.
     """
     runtime, openmp = folder / RUNTIME, folder / OPENMP
-    linked = [_cuda_runtime()] if device == "cuda" else []
-    _compile([*RUNTIME_SOURCES[device], *linked], runtime)
+    _compile(RUNTIME_SOURCES[device], runtime)
     question = [_compiler(), f"-print-file-name={OPENMP}"]
     told = subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
     with writing(openmp):
@@ -57,26 +57,17 @@ def _compiler() -> str:
     return found
 
 
-def _compile(inputs: list[str], library: Path) -> None:
+def _compile(sources: Sequence[str], library: Path) -> None:
     # the level that packages are built for, whatever the building machine has beyond it
     level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
     # By this name the loader knows a library that was opened before the programs that need it. Of
     # its sources: two packages in one process have each their own, unless it is the same.
-    sources = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[chi]*")))
-    digest = hashlib.sha256(sources).hexdigest()[:12]
+    code = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[chi]*")))
+    digest = hashlib.sha256(code).hexdigest()[:12]
     name = f"-Wl,-soname,{library.stem}.{digest}.so"
-    command = [_compiler(), *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *inputs]
+    command = [_compiler(), *_FLAGS, *level, name, "-s", "-o", str(library.resolve()), *sources]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=_FOLDER)
     if ended.returncode != 0:
         told = re.search(r".*error.*", ended.stderr)
         text = told[0].strip() if told else "no message"
         raise EnvironmentProblemError(f"{command[0]} cannot compile {library.name}: {text}")
-
-
-def _cuda_runtime() -> str:
-    """Return the libcudart that this process, which has imported torch, computes with."""
-    mapped = Path("/proc/self/maps").read_text()
-    found = re.search(r"/\S*/libcudart\S*\.so\.\d+$", mapped, re.MULTILINE)
-    if found is None:
-        raise EnvironmentProblemError("this torch brings no libcudart: install torch for CUDA")
-    return found[0]

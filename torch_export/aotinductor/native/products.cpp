@@ -1,10 +1,11 @@
+// Products of matrices in float32, bfloat16 and float16, summed in float32.
+//
 // A tile of sums stays in registers while rows of weights and rows of tokens run past it, both as
 // they lie in memory. So a short prompt reads each weight once and nothing is packed, which other
 // libraries do and which pays for square matrices alone.
 
-#include "products.h"
-
 #include <algorithm>
+#include <utility>
 
 #include "elements.h"
 
@@ -73,37 +74,7 @@ struct Pairs16 {  // two products of bfloat16 in each lane
 #include "product_tile.inc"
 };
 #pragma GCC pop_options
-
-bool has_wide() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
-bool has_pairs() { return has_wide() && __builtin_cpu_supports("avx512bf16"); }
 #endif
-
-// Rows of k elements: the tokens, or the weights of the output's columns.
-struct Rows {
-  const char* data;
-  int64_t count;
-  int64_t row_stride, stride;  // in elements
-  int32_t dtype;
-  int64_t width;  // bytes of an element
-};
-
-template <class Element>
-struct Block {
-  const Element* data;
-  int64_t row_stride;
-};
-
-constexpr int32_t dtype_of(float) { return kFloat32; }
-constexpr int32_t dtype_of(uint16_t) { return kBfloat16; }
-
-void load_row(const char* from, const Rows& rows, int64_t depth, float* to) {
-  load_floats(from, rows.dtype, rows.stride, depth, to);
-}
-
-void load_row(const char* from, const Rows& rows, int64_t depth, uint16_t* to) {
-  const auto* elements = reinterpret_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < depth; i++) to[i] = elements[i * rows.stride];
-}
 
 // Where a thread keeps what it cannot read in place.
 struct Copies {
@@ -112,113 +83,125 @@ struct Copies {
 };
 thread_local Copies copied;
 
-// Return elements [begin, begin + depth) of some rows, in place, or copied to `buffer` where they
-// are of another dtype, apart from each other, or not whole vectors: zeros fill the last one.
+// Return elements [begin, begin + depth) of `count` rows, and the stride between rows: in place, or
+// copied to `buffer` where they are of another dtype, apart from each other, or not whole vectors:
+// zeros fill the last one. Rows lie along `dim` of the matrix.
 template <class Lanes>
-Block<typename Lanes::Element> fetch(const Rows& rows, int64_t first, int64_t count, int64_t begin,
-                                     int64_t depth, float* buffer) {
+auto fetch(const Tensor& matrix, int dim, int64_t first, int64_t count, int64_t begin,
+           int64_t depth, float* buffer) {
   using Element = typename Lanes::Element;
-  const char* data = rows.data + (first * rows.row_stride + begin * rows.stride) * rows.width;
-  if (rows.dtype == dtype_of(Element()) && rows.stride == 1 && depth % Lanes::kLanes == 0) {
-    return {reinterpret_cast<const Element*>(data), rows.row_stride};
+  const int64_t row_stride = matrix.strides[dim], stride = matrix.strides[1 - dim];
+  const int64_t bytes = matrix.element_bytes();  // of the three dtypes, float32 alone has 4
+  const char* data = matrix.data() + (first * row_stride + begin * stride) * bytes;
+  const auto* rows = reinterpret_cast<const Element*>(data);
+  if (bytes == sizeof(Element) && stride == 1 && depth % Lanes::kLanes == 0) {
+    return std::pair(rows, row_stride);
   }
+  Element* copies = reinterpret_cast<Element*>(buffer);
   for (int64_t r = 0; r < count; r++) {
-    Element* row = reinterpret_cast<Element*>(buffer) + r * kBlockDepth;
-    load_row(data + r * rows.row_stride * rows.width, rows, depth, row);
-    std::fill(row + depth, row + rounded_up(depth, Lanes::kLanes), Element());
+    Element* copy = copies + r * kBlockDepth;
+    if constexpr (sizeof(Element) == sizeof(float)) {
+      load_floats(data + r * row_stride * bytes, matrix.dtype, stride, depth, copy);
+    } else {
+      for (int64_t i = 0; i < depth; i++) copy[i] = rows[r * row_stride + i * stride];
+    }
+    std::fill(copy + depth, copy + rounded_up(depth, Lanes::kLanes), Element());
   }
-  return {reinterpret_cast<Element*>(buffer), kBlockDepth};
+  return std::pair(static_cast<const Element*>(copies), kBlockDepth);
 }
 
-// What becomes of a sum: out = alpha * sum + beta * added.
-struct Finish {
-  Tensor& out;
-  const Tensor* added;  // (r,), or (n, r)
-  float beta, alpha;
-
-  void store(float* sums, int64_t token, int64_t row, int64_t rows) const {
-    for (int64_t i = 0; i < rows; i++) sums[i] *= alpha;
-    if (added != nullptr) {
-      float terms[kBlockRows];
-      const int64_t last = added->dims - 1;
-      const int64_t stride = added->sizes[last] == 1 ? 0 : added->strides[last];
-      const bool each_token = added->dims == 2 && added->sizes[0] != 1;
-      const int64_t at = row * stride + (each_token ? token * added->strides[0] : 0);
-      load_floats(added->data() + at * added->element_bytes(), added->dtype, stride, rows, terms);
-      for (int64_t i = 0; i < rows; i++) sums[i] += beta * terms[i];
-    }
-    const int64_t at = token * out.strides[0] + row * out.strides[1];
-    store_floats(sums, rows, out.data() + at * out.element_bytes(), out.dtype, out.strides[1]);
-  }
-};
-
 template <class Lanes>
-void multiply_with(const Rows& tokens, const Rows& weights, int64_t k, const Finish& finish) {
-  const int64_t row_blocks = (weights.count + kBlockRows - 1) / kBlockRows;
-  const int64_t token_blocks = (tokens.count + kBlockTokens - 1) / kBlockTokens;
-  const double operations = 2.0 * tokens.count * k * weights.count;
-
-#pragma omp parallel for collapse(2) schedule(dynamic) if (operations > kOneThreadOperations)
-  for (int64_t row_block = 0; row_block < row_blocks; row_block++) {
-    for (int64_t token_block = 0; token_block < token_blocks; token_block++) {
+void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
+                   float beta, float alpha) {
+  const int64_t n = out.sizes[0], k = left.sizes[1], r = out.sizes[1];
+  const int64_t bytes = out.element_bytes();
+  int64_t added_strides[] = {0, 0};  // of what is broadcast
+  if (added != nullptr) {
+    const int64_t last = added->dims - 1;
+    if (added->sizes[last] != 1) added_strides[1] = added->strides[last];
+    if (last == 1 && added->sizes[0] != 1) added_strides[0] = added->strides[0];
+  }
+#pragma omp parallel for collapse(2) schedule(dynamic) if (2.0 * n * k * r > kOneThreadOperations)
+  for (int64_t row = 0; row < r; row += kBlockRows) {
+    for (int64_t token = 0; token < n; token += kBlockTokens) {
       alignas(64) float sums[kBlockTokens * kBlockRows] = {};
-      const int64_t row = row_block * kBlockRows, token = token_block * kBlockTokens;
-      const int64_t row_count = std::min(kBlockRows, weights.count - row);
-      const int64_t token_count = std::min(kBlockTokens, tokens.count - token);
+      float terms[kBlockRows] = {};
+      const int64_t rows = std::min(kBlockRows, r - row);
+      const int64_t tokens = std::min(kBlockTokens, n - token);
       for (int64_t begin = 0; begin < k; begin += kBlockDepth) {
         const int64_t depth = std::min(kBlockDepth, k - begin);
-        const auto right = fetch<Lanes>(weights, row, row_count, begin, depth, copied.weights);
-        const auto left = fetch<Lanes>(tokens, token, token_count, begin, depth, copied.tokens);
-        Lanes::add_block(right.data, right.row_stride, row_count, left.data, left.row_stride,
-                         token_count, rounded_up(depth, Lanes::kLanes), sums);
+        const auto [weight, weight_stride] =
+            fetch<Lanes>(right, 1, row, rows, begin, depth, copied.weights);
+        const auto [state, state_stride] =
+            fetch<Lanes>(left, 0, token, tokens, begin, depth, copied.tokens);
+        Lanes::add_block(weight, weight_stride, rows, state, state_stride, tokens,
+                         rounded_up(depth, Lanes::kLanes), sums);
       }
-      for (int64_t i = 0; i < token_count; i++) {
-        finish.store(sums + i * kBlockRows, token + i, row, row_count);
+      for (int64_t t = 0; t < tokens; t++) {
+        float* line = sums + t * kBlockRows;
+        if (added != nullptr) {
+          const int64_t at = (token + t) * added_strides[0] + row * added_strides[1];
+          load_floats(added->data() + at * bytes, added->dtype, added_strides[1], rows, terms);
+        }
+        for (int64_t i = 0; i < rows; i++) line[i] = alpha * line[i] + beta * terms[i];
+        const int64_t at = (token + t) * out.strides[0] + row * out.strides[1];
+        store_floats(line, rows, out.data() + at * bytes, out.dtype, out.strides[1]);
       }
     }
   }
 }
 
-using Multiply = void (*)(const Rows&, const Rows&, int64_t, const Finish&);
+using Multiply = decltype(&multiply_with<Floats8>);
 
 // The widest instructions that this processor has for a dtype.
 Multiply choose(int32_t dtype) {
 #if defined(HAS_WIDE_TILES)
-  if (has_wide() && dtype != kBfloat16) return multiply_with<Floats16>;
-  if (has_pairs() && dtype == kBfloat16) return multiply_with<Pairs16>;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+  if (wide && dtype != kBfloat16) return multiply_with<Floats16>;
+  if (wide && __builtin_cpu_supports("avx512bf16")) return multiply_with<Pairs16>;
 #endif
   return multiply_with<Floats8>;
 }
 
-bool is_broadcast(int64_t size, int64_t wanted) { return size == 1 || size == wanted; }
-
-void check_and_multiply(Multiply chosen, Tensor& out, const Tensor& left, const Tensor& right,
-                        const Tensor* added, double beta, double alpha) {
+// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, broadcast, or null for nothing.
+// Any strides; fastest where both are contiguous along k, as hidden rows and a checkpoint's weights
+// are.
+void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
+              double beta, double alpha) {
   require(out.dims == 2 && left.dims == 2 && right.dims == 2, "a product takes matrices");
-  const int64_t n = left.sizes[0], k = left.sizes[1], r = right.sizes[1];
-  require(right.sizes[0] == k && out.sizes[0] == n && out.sizes[1] == r,
+  const int64_t n = left.sizes[0], r = right.sizes[1];
+  require(right.sizes[0] == left.sizes[1] && out.sizes[0] == n && out.sizes[1] == r,
           "the shapes of a product don't fit");
   require(is_floating(out.dtype) && left.dtype == out.dtype && right.dtype == out.dtype,
           "a product takes float32, bfloat16 or float16, all the same");
   if (added != nullptr) {
-    require(added->dtype == out.dtype, "what is added to a product has another dtype");
-    require((added->dims == 1 || added->dims == 2) &&
-                is_broadcast(added->sizes[added->dims - 1], r) &&
-                (added->dims == 1 || is_broadcast(added->sizes[0], n)),
-            "the shape of what is added to a product doesn't fit");
+    const int64_t last = added->dims - 1;
+    const auto fits = [&](int64_t dim, int64_t size) {
+      return added->sizes[dim] == 1 || added->sizes[dim] == size;
+    };
+    require(added->dtype == out.dtype && (last == 0 || last == 1) && fits(last, r) &&
+                (last == 0 || fits(0, n)),
+            "what is added to a product doesn't fit");
   }
-  const int64_t width = out.element_bytes();
-  const Rows tokens{left.data(), n, left.strides[0], left.strides[1], left.dtype, width};
-  const Rows weights{right.data(), r, right.strides[1], right.strides[0], right.dtype, width};
-  const Finish finish{out, added, static_cast<float>(beta), static_cast<float>(alpha)};
-  chosen(tokens, weights, k, finish);
+  choose(out.dtype)(out, left, right, added, static_cast<float>(beta), static_cast<float>(alpha));
 }
 
 }  // namespace
+}  // namespace llama
 
-void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
-              double beta, double alpha) {
-  check_and_multiply(choose(out.dtype), out, left, right, added, beta, alpha);
+using llama::as_error_code;
+using llama::checked;
+using llama::Tensor;
+
+EXPORTED int32_t aoti_torch_cpu_mm_out(Tensor* out, Tensor* left, Tensor* right) {
+  return as_error_code("aoti_torch_cpu_mm_out", [&] {
+    llama::multiply(checked(out), checked(left), checked(right), nullptr, 0, 1);
+  });
 }
 
-}  // namespace llama
+EXPORTED int32_t aoti_torch_cpu_addmm_out(Tensor* out, Tensor* added, Tensor* left, Tensor* right,
+                                          double beta, double alpha) {
+  return as_error_code("aoti_torch_cpu_addmm_out", [&] {
+    llama::multiply(checked(out), checked(left), checked(right), &checked(added), beta, alpha);
+  });
+}

@@ -1,7 +1,7 @@
 // libllama_runtime.so for CUDA: memory of the device, and the guard that programs ask for.
 //
-// What programs launch are their own kernels, through the driver and libcudart. This library is
-// linked with libcudart, and so brings it within their reach.
+// What programs launch are their own kernels, through the driver and libcudart, which a start opens
+// for all before it opens this.
 
 #include <algorithm>
 #include <cstring>

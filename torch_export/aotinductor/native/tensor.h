@@ -13,18 +13,7 @@
 namespace llama {
 
 // The codes are torch's (c10/core/ScalarType.h and DeviceType.h): the same tensors go to libtorch.
-enum DType : int32_t {
-  kUint8 = 0,
-  kInt8 = 1,
-  kInt16 = 2,
-  kInt32 = 3,
-  kInt64 = 4,
-  kFloat16 = 5,
-  kFloat32 = 6,
-  kFloat64 = 7,
-  kBool = 11,
-  kBfloat16 = 15,
-};
+enum DType : int32_t { kFloat16 = 5, kFloat32 = 6, kBfloat16 = 15 };
 enum DeviceType : int32_t { kCpu = 0, kCuda = 1 };
 
 constexpr int64_t kMaxDims = 8;
@@ -46,6 +35,7 @@ struct Tensor {
 
   int64_t element_bytes() const;
   int64_t elements() const;
+  int64_t extent_bytes() const;  // from the start of the memory to the end of the last element
   char* data() const { return static_cast<char*>(memory.get()) + offset * element_bytes(); }
 };
 

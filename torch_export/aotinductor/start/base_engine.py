@@ -6,7 +6,6 @@ graph of two plain tensors is the whole model.
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +40,7 @@ class BaseProgram:
         memory, device = self._memory, self._memory.device
         inputs = (ctypes.c_void_p * 2)()
         for at, values in enumerate((ids, mask)):
-            place = replace(self._inputs[at], shape=(1, len(values)))
+            place = self._inputs[at]._replace(shape=(1, len(values)))
             write_integers(memory, place, values)
             inputs[at] = new_handle(self._interface, device, place).value
         outputs = (ctypes.c_void_p * 1)()

@@ -17,9 +17,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import machine
 from common.errors import ArtifactDamagedError, EnvironmentProblemError
@@ -60,8 +59,7 @@ class Shape:
             self.strides[at] = math.prod(sizes[at + 1 :])
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A tensor in a call; `shape` may be shared, and less than the whole tensor."""
 
     tensor: Tensor

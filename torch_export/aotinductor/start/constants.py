@@ -2,9 +2,8 @@
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +13,7 @@ from common.model.stored import Stored
 from common.model.weights import Tensor, convert, target_dtype
 
 
-@dataclass(frozen=True)
-class Constant:
+class Constant(NamedTuple):
     """A tensor that the graph reads, as a row of the metadata has it.
 
     `aliases` are further names of the same tensor (tied weights): a checkpoint may use any of them.

@@ -6,8 +6,7 @@ only.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aotinductor.cache import CacheShape, state_shapes
 from aotinductor.start.memory import Memory, read_floats, read_integer, write_integers
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 LAG = 2
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What the programs read and write, in place, from one step to the next."""
 
     row: Tensor  # (hidden,): the decode step's residual

@@ -6,9 +6,8 @@ all of it over tensors that have their places, and zeros in them, until the byte
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from aotinductor.cache import CacheShape
 from aotinductor.flags import APPROACH
@@ -40,8 +39,7 @@ RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """How a package is to be loaded."""
 
     pair: ArtifactPair
@@ -126,8 +124,7 @@ def choose_library(wanted: str, details: dict[str, Any]) -> str:
     return wanted
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A package that may be run: its open file, a path that opens it again, and what it holds."""
 
     file: BinaryIO
@@ -151,17 +148,17 @@ def assemble(
     return assembly.kv_engine(details) if source.is_kv else assembly.base_engine(details)
 
 
-@dataclass
 class _Assembly:
     """What the steps of one load share."""
 
-    wish: Wish
-    target: Target
-    plan: Plan
-    library: str
-    source: Source
-    package: Package
-    close_stage: Callable[[str], None]
+    def __init__(self, wish, target, plan, library, source, package, close_stage):
+        self.wish: Wish = wish
+        self.target: Target = target
+        self.plan: Plan = plan
+        self.library: str = library
+        self.source: Source = source
+        self.package: Package = package
+        self.close_stage: Callable[[str], None] = close_stage
 
     def kv_engine(self, details: dict[str, Any]) -> KvEngine:
         checkpoint, device, dtype = self.target.checkpoint, self.target.device, self.target.dtype

@@ -1,7 +1,7 @@
 """The two halves of a start: what can be known before any weight is touched, and the rest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from aotinductor.lengths import Plan
 from aotinductor.start.engine import Engine
@@ -12,8 +12,7 @@ from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """A start whose model, device and lengths are known: prompts can be made and checked."""
 
     wish: Wish
@@ -30,7 +29,7 @@ class Opening:
 
     def warmed_up_with(self, padded_tokens: int) -> "Opening":
         """Return the same for a first prompt of this length."""
-        return replace(self, wish=replace(self.wish, warm_up_tokens=padded_tokens))
+        return self._replace(wish=self.wish._replace(warm_up_tokens=padded_tokens))
 
 
 def make_opening(
@@ -38,6 +37,6 @@ def make_opening(
 ) -> Opening:
     """Return an opening by a plan, with a package or without; without a model, of its own."""
     if not shared.model_id and plan.manifest:
-        shared = replace(shared, model_id=plan.manifest.model["id"])
+        shared = shared.changed(model_id=plan.manifest.model["id"])
     target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
     return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))

@@ -1,12 +1,11 @@
 """Drawing a token from logits, limited as transformers' `generate` does it; in numpy."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Sampler:
+class Sampler(NamedTuple):
     """Draws tokens; two with the same seed draw the same ones."""
 
     temperature: float

@@ -15,12 +15,9 @@ import pwd
 import resource
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,15 +25,14 @@ from typing import BinaryIO, NamedTuple
 from common import errors
 from common.artifact import manifest
 from common.artifact.manifest import Manifest
-from common.cli import Console, flag, sha256_text
+from common.cli import Console, Flags, flag, sha256_text
 
 BLOCK_BYTES = 64 * 2**20  # part of the metadata's format: see content_digest
 _READ_BYTES = 2**20  # stays in a core's cache between read and digest
 _REBUILD = "build it again with ./build.sh"
 
 
-@dataclass(frozen=True)
-class TrustFlags:
+class TrustFlags(Flags):
     """whose artifact may run"""
 
     trust_artifact: bool = flag(False, "load an artifact whoever could have written it")
@@ -65,8 +61,7 @@ class ArtifactPair(NamedTuple):
         return ArtifactPair(*(path.with_name(f"{path.name}.new") for path in self))
 
 
-@dataclass(frozen=True)
-class VerifiedArtifact:
+class VerifiedArtifact(NamedTuple):
     """An artifact whose bytes are those of its metadata; the open file is what was checked."""
 
     manifest: Manifest
@@ -84,6 +79,8 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 
     Meanwhile nobody else may write to what this process makes: it would not be loaded.
     """
+    import tempfile  # imported here, as below: a start does without
+
     from filelock import FileLock, Timeout
 
     pair = pair.real()
@@ -135,6 +132,8 @@ def write_pair(
 
     For use in `building`, or where no other process looks. `make_manifest` takes the `file` record.
     """
+    from datetime import datetime, timezone
+
     pair = pair.real()
     new = pair.new()
     # the artifact's own name: a compiler writes it into the package, and insists on its suffix

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,7 @@ MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 _OWN_DIGEST = "metadata_sha256"
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """What an artifact is: built from what, by what, how, and which bytes it has."""
 
     schema: int
@@ -65,7 +63,7 @@ def dump_manifest(manifest: Manifest) -> str:
 
     What no reader would accept is not written: it raises what json or `parse_manifest` raises.
     """
-    fields = asdict(manifest)
+    fields = manifest._asdict()
     text = json.dumps(fields | {_OWN_DIGEST: _digest(fields)}, indent=2, allow_nan=False) + "\n"
     parse_manifest(text.encode())
     return text

@@ -19,8 +19,8 @@ from common.model.checkpoint import resolve_checkpoint
 from common.model.tokenizer import read_stdin
 
 _KEPT = (
-    "environment", "metrics", "compile", "output", "requests", "stages", "hidden_stages",
-    "artifact", "decode", "device_memory", "bandwidth",
+    "environment", "metrics", "compile", "output", "requests", "stages", "artifact",
+    "decode", "device_memory", "bandwidth",
 )  # fmt: skip
 
 
@@ -61,16 +61,16 @@ def benchmark(subject: Subject) -> None:
     """Serve the same requests in each of `flags.modes`; tell, write and draw what came of it.
 
     Beside the mode floor seconds can be compared between machines: `ttft_cold` over its own, and
-    the bytes per second that decode must read over the copy bandwidth that it measured.
+    the bytes per second that decode must read over the read bandwidth that it measured.
     """
     commands = _commands(subject, subject.flags.modes)
     trials = _alternate(subject, commands, "repeat", subject.flags.repeats)
     summary = {mode: _summarize(trials, mode) for mode in commands}
     floor = summary.get(cli.FLOOR, {})
-    start, copy = floor.get("ttft_cold_start_seconds"), floor.get("copy_bytes_per_second")
+    start, read = floor.get("ttft_cold_start_seconds"), floor.get("read_bytes_per_second")
     for entry in summary.values():
         entry["ttft_cold_over_floor"] = measures.ratio(entry["ttft_cold_start_seconds"], start)
-        entry["decode_bandwidth_share"] = measures.ratio(entry["decode_bytes_per_second"], copy)
+        entry["decode_bandwidth_share"] = measures.ratio(entry["decode_bytes_per_second"], read)
     _finish(subject, "benchmark", trials, summary, _sweep(subject, commands))
 
 
@@ -152,7 +152,7 @@ def _summarize(trials: list[dict], mode: str) -> dict[str, Any]:
         **{one.key: over("metrics", one.key) for one in measures.MEASURES},
         "decode_seconds_per_token": over("decode", "seconds_per_token"),
         "decode_bytes_per_second": over("decode", "bytes_per_second"),
-        "copy_bytes_per_second": over("bandwidth", "copy_bytes_per_second"),
+        "read_bytes_per_second": over("bandwidth", "read_bytes_per_second"),
         "compile": {name: over("compile", name) for name in measures.COUNTERS},
     }
 

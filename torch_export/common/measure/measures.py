@@ -4,12 +4,11 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One request: seconds from its first work to its last token, and to its first."""
 
     seconds: float
@@ -17,8 +16,7 @@ class Request:
     new_tokens: int
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """`label` in tables, `key` in JSON; `brief`: benchmark shows it without --verbose."""
 
     label: str
@@ -169,21 +167,17 @@ def process_start() -> float:
 
 
 class Stages:
-    """Seconds per named stage of a process, in order; the rest of the wall time has no name.
-
-    `hidden` is work of other threads that went on behind the stages: not part of their sum.
-    """
+    """Seconds per named stage of a process, in order; the rest of the wall time has no name."""
 
     def __init__(self, start: float):
         self.start = start
         self.seconds: dict[str, float] = {}
-        self.hidden: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, hidden: bool = False) -> Iterator[None]:
-        seconds, began = self.hidden if hidden else self.seconds, time.monotonic()
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
         yield
-        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def close(self, name: str) -> None:
         """Book everything since the start that no stage has claimed yet under `name`."""

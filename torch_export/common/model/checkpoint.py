@@ -11,10 +11,8 @@ import json
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,14 +35,15 @@ RESOLVER = 2
 _CHUNK_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder on disk, where it came from, and what transformers makes of it."""
 
-    folder: Path
-    model_id: str
-    revision: str | None
-    resolved: dict[str, Any]  # as `ask_transformers` returns it, and the digest of `files`
+    def __init__(
+        self, folder: Path, model_id: str, revision: str | None, resolved: dict[str, Any]
+    ):  # fmt: skip
+        """`resolved`: as `ask_transformers` returns it, and the digest of `files`."""
+        self.folder, self.model_id, self.revision = folder, model_id, revision
+        self.resolved = resolved
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -227,8 +226,8 @@ def _refuse_formats(folder: Path) -> None:
     path = folder / "config.json"
     config = _read_json(path)
     for name in ("quantization_config", "compression_config"):
-        if config.get(name):
-            method = config[name].get("quant_method", "unknown method")
+        if told := config.get(name):
+            method = told.get("quant_method", "unknown method") if isinstance(told, dict) else told
             raise UsageError(
                 f"{path} has a {name} ({method}): quantised checkpoints are not supported; take "
                 "the model's original one in bfloat16, float16 or float32"
@@ -326,6 +325,8 @@ def _recall(files: str) -> dict[str, Any] | None:
 
 def _remember(answer: dict[str, Any]) -> None:
     """Write the answer whole or not at all; a folder that can't be written to is no failure."""
+    import tempfile
+
     folder = _cache_folder()
     if folder is None:
         return

@@ -8,7 +8,6 @@ machine and stack, byte for byte.
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from common.cli import Console
 from common.errors import EnvironmentProblemError
 
 _FOLDER = Path(__file__).resolve().parents[2] / "artifacts" / "checkpoints"
-# raised when the way weights are drawn changes, so that no old folder is taken for a new one
-_RECIPE = 3
+# raised when what is written changes, so that no old folder is taken for a new one
+_RECIPE = 4
 # ids 0 to 255 are the bytes
 _SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _CHAT_TEMPLATE = (
@@ -83,6 +82,8 @@ def materialize(config: dict[str, Any], folder: Path, console: Console, seed: in
     if folder.is_dir():
         return folder
     # imported here: every start of a preset comes by, and writes nothing
+    import tempfile
+
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,5 +157,7 @@ def _write_tokenizer(folder: Path) -> None:
         "eos_token": _SPECIAL[-1],
         "chat_template": _CHAT_TEMPLATE,
         "model_max_length": 131072,
+        # else transformers 4 adds token_type_ids, which `generate` refuses
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

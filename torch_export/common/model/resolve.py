@@ -38,6 +38,16 @@ _SAID = _words("""
 _KNOWN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # frequencies of these change with the length of the running sequence
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# what transformers ends in where a file says what it cannot make a model of
+_UNREADABLE = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+)
 _TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -69,7 +79,7 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
             "max_positions": getattr(config, "max_position_embeddings", None),
             **_parameters(model),
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except _UNREADABLE as error:
         raise _refusal(folder, error) from error
     return answer | {"tokenizer": _tokenizer(folder)}
 
@@ -98,7 +108,7 @@ def read_config(folder: Path):
         scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
         words["rope_scaling"] = rope if scaled else None
         return CONFIG_MAPPING[words["model_type"]].from_dict(words)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except _UNREADABLE as error:
         raise _refusal(folder, error) from error
 
 

@@ -2,8 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UsageError
 
@@ -17,8 +17,7 @@ _ITEM_BYTES = dict(_DTYPES.values())
 _AGAIN = "download it again"
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor as it lies in a file: its bytes begin at offset `begin` of `path`."""
 
     path: Path
@@ -27,12 +26,12 @@ class Stored:
     begin: int
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.count * item_bytes(self.dtype)
+        return self.elements * item_bytes(self.dtype)
 
 
 def item_bytes(dtype: str) -> int:
@@ -50,10 +49,10 @@ def list_stored(folder: Path) -> dict[str, Stored]:
         shards = [whole]
     elif index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            shards = [folder / name for name in sorted(names)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{index} is damaged ({_words(error)}): {_AGAIN}") from error
-        shards = [folder / name for name in names]
     else:
         shards = []
     return {name: tensor for path in shards for name, tensor in read_header(path).items()}

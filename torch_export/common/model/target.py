@@ -1,8 +1,7 @@
 """What a script works on: the model, the device and the dtype. Nothing here imports torch."""
 
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import cuda, machine
 from common.cli import Console, SharedFlags
@@ -10,8 +9,7 @@ from common.errors import EnvironmentProblemError
 from common.model.checkpoint import Checkpoint, resolve_checkpoint
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The model to run, and where and in what precision: torch's names for both."""
 
     checkpoint: Checkpoint

@@ -20,10 +20,9 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import cuda
 from common.errors import EnvironmentProblemError
@@ -52,14 +51,13 @@ def numpy_dtype(dtype: str) -> "np.dtype":
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A contiguous tensor at an address of the host or of the GPU; `owner` keeps it there."""
 
     address: int
     shape: tuple[int, ...]
     dtype: str
-    owner: Any = field(compare=False, repr=False, default=None)
+    owner: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -126,13 +124,13 @@ def converted(tensor: Tensor, dtype: str) -> Tensor:
 # --- to the device ---------------------------------------------------------------------------
 
 
-@dataclass
 class Upload:
     """Tensors that have their places, and the threads that still carry bytes there."""
 
-    tensors: dict[str, Tensor]
-    threads: list[threading.Thread] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+        self.threads: list[threading.Thread] = []
+        self.failures: list[Exception] = []
 
     def wait(self) -> dict[str, Tensor]:
         """Return the tensors once their bytes are there. Raises the first error of a reader."""
@@ -185,7 +183,7 @@ def device_layout(
     offsets, total = {}, 0
     for one in dict.fromkeys(stored.values()):
         offsets[one] = total
-        nbytes = one.count * item_bytes(target_dtype(one, dtype))
+        nbytes = one.elements * item_bytes(target_dtype(one, dtype))
         total += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     return offsets, total
 
@@ -201,8 +199,8 @@ def _cut(one: Stored, place: Tensor) -> Iterator[tuple[int, str, int, str, int]]
     """Yield (file offset, its dtype, address, dtype there, values), at most a staging buffer."""
     read, written = item_bytes(one.dtype), item_bytes(place.dtype)
     step = _STAGING_BYTES // max(read, written)
-    for first in range(0, one.count, step):
-        count = min(step, one.count - first)
+    for first in range(0, one.elements, step):
+        count = min(step, one.elements - first)
         yield (
             one.begin + first * read, one.dtype, place.address + first * written, place.dtype, count
         )  # fmt: skip
