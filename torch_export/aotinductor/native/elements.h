@@ -66,6 +66,10 @@ inline void load_floats(const void* from, int32_t dtype, int64_t stride, int64_t
     }
     for (; i < count; i++) to[i] = read(i * stride);
   };
+  if (dtype == kFloat32 && stride == 1) {
+    std::copy_n(floats, count, to);
+    return;
+  }
   if (dtype == kFloat32) return each([=](int64_t at) { return floats[at]; });
   if (dtype == kBfloat16) return each([=](int64_t at) { return from_bfloat16(halves[at]); });
   each([=](int64_t at) { return from_float16(halves[at]); });
@@ -91,6 +95,10 @@ inline void store_floats(const float* from, int64_t count, void* to, int32_t dty
     }
     for (; i < count; i++) write(i * stride, from[i]);
   };
+  if (dtype == kFloat32 && stride == 1) {
+    std::copy_n(from, count, floats);
+    return;
+  }
   if (dtype == kFloat32) return each([=](int64_t at, float value) { floats[at] = value; });
   if (dtype == kBfloat16) {
     return each([=](int64_t at, float value) { halves[at] = to_bfloat16(value); });
