@@ -164,11 +164,6 @@ class Program:
                 raise ChildProcessError(status)
         self.run = address_of(self.library, "AOTInductorModelContainerRunSingleThreaded")
 
-    def close(self) -> None:
-        if self.handle:
-            self.library.AOTInductorModelContainerDelete(self.handle)
-            self.handle = ctypes.c_void_p()
-
     def constants(self) -> list[tuple[bytes, str]]:
         """Return (the program's own name, the checkpoint's name) of each constant."""
         count, found = ctypes.c_size_t(), []
