@@ -53,6 +53,7 @@ class Engine:
     ) -> Iterator[int]:  # fmt: skip
         """Yield what `generate` returns, each id as it arrives."""
         self.plan.check_request(len(prompt), max_new_tokens, temperature)
+        self.codec.check_ids(prompt)
         stops = self.target.checkpoint.eos_token_ids if stop_ids is None else stop_ids
         if not isinstance(self.generator, KvEngine):
             yield from self.generator.tokens(prompt, max_new_tokens, stops)
