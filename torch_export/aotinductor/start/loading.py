@@ -136,7 +136,7 @@ def choose_library(wanted: str, details: dict[str, Any]) -> str:
         lacks = details["runtime"]["lacks"]
         possible = not any(lacks.get(program) for program in DECODE)
     if wanted == "auto":
-        alone = possible and (not lacks or machine.torch_folder() is None)
+        alone = possible and (not lacks or machine.package_folder("torch") is None)
         return RUNTIME_LIBRARY if alone else LIBTORCH
     if wanted == RUNTIME_LIBRARY and not possible:
         names = sorted({name for program in DECODE for name in lacks.get(program, ())})
