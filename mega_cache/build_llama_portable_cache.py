@@ -19,6 +19,7 @@ from common.cli import Console, parse_flags
 from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
 from common.measure.report import markdown_table, write_json
+from portable_cache import no_collections
 from portable_cache.flags import APPROACH, BuildSettings
 
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
@@ -33,9 +34,10 @@ def main(argv: Sequence[str]) -> None:
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches(), disk.building(pair, console):
         disk.check_target(pair, NEEDED_BYTES)
-        # imported late: --help answers without torch, and bad flags without its seconds
-        from common.model.target import choose_target
-        from portable_cache.build.building import build
+        with no_collections():
+            # imported late: --help answers without torch, and bad flags without its seconds
+            from common.model.target import choose_target
+            from portable_cache.build.building import build
 
         target = choose_target(settings.shared, console)
         flags, seed = settings.compilation, settings.shared.seed

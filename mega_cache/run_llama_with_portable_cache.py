@@ -19,6 +19,7 @@ from common.errors import ArtifactMismatchError, UsageError, run_script
 from common.measure import report
 from common.measure.compare import Subject, compare
 from common.measure.measures import Stages, process_start
+from portable_cache import no_collections
 from portable_cache.flags import APPROACH, MODE_WORDS, RUN_SCRIPT, UNTOLD, RunSettings
 
 if TYPE_CHECKING:
@@ -51,20 +52,21 @@ def main(argv: Sequence[str]) -> None:
 
 def run(settings: RunSettings, console: Console) -> dict | None:
     """Open the model, serve every request, and return the run's result; a conversation has none."""
-    # imported here: --help answers without torch, and bad flags without its seconds
-    from common.measure import requests
-    from common.model.conversation import wants_conversation
-    from common.model.target import choose_target
-    from common.model.tokenizer import load_codec, prompts_of
-    from portable_cache.start.opening import known_checkpoint, open_model
+    with no_collections():
+        # imported here: --help answers without torch, and bad flags without its seconds
+        from common.measure import requests
+        from common.model.conversation import wants_conversation
+        from common.model.target import choose_target
+        from common.model.tokenizer import load_codec, prompts_of
+        from portable_cache.start.opening import known_checkpoint, open_model
 
-    stages, loading = Stages(process_start()), settings.loading
-    stages.close("imports")
-    pair = settings.files.pair()
-    known = known_checkpoint(pair) if loading.mode == "load" else None
-    target = choose_target(settings.shared, console, known)
-    opened = open_model(target, pair, settings.wanted(), console, stages.close)
-    codec = load_codec(target.checkpoint)
+        stages, loading = Stages(process_start()), settings.loading
+        stages.close("imports")
+        pair = settings.files.pair()
+        known = known_checkpoint(pair) if loading.mode == "load" else None
+        target = choose_target(settings.shared, console, known)
+        opened = open_model(target, pair, settings.wanted(), console, stages.close)
+        codec = load_codec(target.checkpoint)
     if wants_conversation(settings.prompt):
         return talk(settings, target.checkpoint, opened, codec)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
@@ -76,15 +78,12 @@ def run(settings: RunSettings, console: Console) -> dict | None:
     tokens = max(map(padded, prompts)) + settings.prompt.max_new_tokens
     generate = prepare_requests(settings, target.checkpoint, opened, tokens, padded)
     stages.close("compile")
-    compiler = opened.compiler
     document = requests.serve_requests(
         APPROACH, loading.mode, settings, target, codec, prompts, generate, stages,
-        compiler and compiler.watch, console,
+        opened.watch, console,
     )  # fmt: skip
     document["output"]["padded_tokens"] = padded(prompts[0])
-    nothing = {"artifact": None, "graphs": [], "misses": []}
-    may_trace = loading.precompile is False
-    document |= compiler.describe(document["compile"], may_trace) if compiler else nothing
+    document |= opened.describe(document["compile"], loading.precompile is False)
     requests.print_run(document, console)
     return document
 
@@ -123,7 +122,7 @@ def prepare_requests(
         choices["eos_token_id"] = list(checkpoint.eos_token_ids) or None
     if settings.sampling.temperature:
         choices |= {"do_sample": True, **vars(settings.sampling)}
-    flags = opened.flags if opened.compiler else None
+    flags = opened.flags if opened.watch else None
     generation.configure_generation(opened.model, flags, new_tokens, **choices)
     cache = opened.make_cache(tokens)
     return generation.make_generate(opened.model, cache, settings.shared.seed, padded)

@@ -11,7 +11,6 @@ FOLDER = Path(__file__).resolve().parent.parent
 APPROACH = "mega_cache"
 RUN_SCRIPT = FOLDER / "run_llama_with_portable_cache.py"
 
-DYNAMIC = {"auto": None, "true": True, "false": False}  # as torch.compile wants it
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -47,7 +46,10 @@ class CompileFlags(Flags):
     cache_implementation: str = flag(
         "static", "KV cache of `generate`: the one that compiles", choices=("static",)
     )
-    compile_dynamic: str = flag("auto", "torch.compile's `dynamic`", choices=tuple(DYNAMIC))
+    compile_dynamic: str = flag(
+        "auto", "true: one graph for all KV caches; false: one for each; auto: true if several",
+        choices=("auto", "true", "false"),
+    )  # fmt: skip
     compile_mode: str = flag("max-autotune", "torch.compile's `mode`", choices=COMPILE_MODES)
     fullgraph: bool = flag(False, "fail on a graph break instead of compiling around it")
 
@@ -62,6 +64,11 @@ class CompileFlags(Flags):
             shortest = min(self.prefill_lengths)
             lengths.setdefault(self.max_cache_len, min(shortest, self.max_cache_len - 1))
         return dict(sorted(lengths.items()))
+
+    def dynamic(self) -> bool:
+        """Return torch.compile's `dynamic`: whether one graph serves KV caches of any length."""
+        several = len(self.cache_lengths()) > 1
+        return several if self.compile_dynamic == "auto" else self.compile_dynamic == "true"
 
     def slots_for(self, tokens: int) -> int:
         """Return the slots of the shortest warmed KV cache that holds `tokens`, else `tokens`."""

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Cache, PreTrainedModel
@@ -23,7 +23,7 @@ from portable_cache import torch_private
 from portable_cache.build import export_step, saving, verify
 from portable_cache.flags import APPROACH, RUN_SCRIPT, BuildFlags, CacheFileFlags, CompileFlags
 from portable_cache.recipe import recipe
-from portable_cache.start import attention, bundle, decode_step, generation, hits, tensors
+from portable_cache.start import attention, bundle, decode_step, generation, tensors
 
 _VERIFY_TOKENS = 8
 
@@ -39,7 +39,6 @@ class Builder:
     codec: TextCodec
     model: PreTrainedModel  # to compile
     eager: PreTrainedModel  # transformers' own, over the same weights
-    shortcomings: list[str] = field(default_factory=list)  # what was asked for and is not there
 
     def check(self, slots: int, prompt: list[int], token_ids: list[int]) -> None:
         """Raise ScriptError unless eager would have gone on like this."""
@@ -64,7 +63,6 @@ def build(
     # the decode step's host code is C++ on CUDA too
     toolchain.prepare_toolchain(target.device, what.precompile, console)
     counts.watch_compilation()
-    lookups = hits.watch_lookups()
     stages.close("device")
     builder = make_builder(target, flags, seed, console)
     stages.close("weights")
@@ -73,10 +71,11 @@ def build(
     # from here on: the step's own kernels are in its library
     saving.watch()
     warmed = []
-    for slots, length in flags.cache_lengths().items():
+    # the longest first: sizes of a graph that serves all are tried out for it
+    for slots, length in reversed(flags.cache_lengths().items()):
         torch_private.forget_compiled_state(builder.model)
         cache = generation.make_cache(builder.model, slots)
-        warmed.append(warm_up(builder, cache, slots, length))
+        warmed.insert(0, warm_up(builder, cache, slots, length))
     saved = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
@@ -92,7 +91,6 @@ def build(
             "checkpoint": target.checkpoint.resolved,
             "entries": saved.entries,
             "decode_step": step.contract if step else None,
-            "graphs": [asdict(lookup) for lookup in lookups],
             "verified": what.verify,
         },
     )
@@ -100,11 +98,9 @@ def build(
         verify_starts(builder, manifest, saved.blob)
         stages.close("verify")
     written = write_artifact(pair, manifest, saved.blob)._asdict()
-    del written["details"]["graphs"]  # thousands of lines that only a run's look-ups ask for
-    shortcomings = [*builder.shortcomings, *torch_private.lost]
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
-        "shortcomings": shortcomings, **written,
+        "shortcomings": torch_private.lost, **written,
     }  # fmt: skip
 
 
@@ -148,14 +144,16 @@ def compile_ahead(builder: Builder) -> decode_step.SavedStep | None:
         with torch_private.fresh_entries():
             step = export_step.export_step(builder.model, builder.flags, folder)
     except errors.ScriptError as error:
-        builder.shortcomings.append(f"no decode step compiled ahead, runs will trace: {error}")
+        torch_private.lost.append(f"no decode step compiled ahead, runs will trace: {error}")
         return None
     builder.console.say(f"  decode step compiled ahead in {time.monotonic() - began:.1f} s")
     return step
 
 
 def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
-    """Load it in a fresh process per cache length: all must hit, and the tokens be eager's."""
+    """Load it in fresh processes, for the shortest and the longest KV cache, and each that has a
+    graph of its own: all must hit, and the tokens be eager's.
+    """
     target, step = builder.target, manifest.details["decode_step"]
     with tempfile.TemporaryDirectory(prefix="llama-verify-") as folder:
         files = CacheFileFlags(Path(folder, "cache.bin"))
@@ -166,7 +164,9 @@ def verify_starts(builder: Builder, manifest: Manifest, blob: bytes) -> None:
             f"--cache-path={files.cache_path}", "--trust-artifact", "--load-artifacts",
             "--require-hit", "--ignore-eos", "--precompile" if step else "--no-precompile",
         ]  # fmt: skip
-        lengths = builder.flags.cache_lengths()
+        lengths = list(builder.flags.cache_lengths())
+        if step:  # one library for all of them
+            lengths = sorted({lengths[0], lengths[-1]})
         for slots in builder.console.bar(lengths, "verify in fresh processes", "cache length"):
             new_tokens = min(_VERIFY_TOKENS, slots - 1)
             prompt = builder.codec.synthetic_prompt(slots - new_tokens, builder.seed)

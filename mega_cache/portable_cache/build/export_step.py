@@ -110,6 +110,8 @@ def _compile(
         for name, tensor in constants.items()
     }
     options["aot_inductor.package_constants_in_so"] = False
+    # for two C++ files, each with headers of its own, that is twice the work
+    options["aot_inductor.precompile_headers"] = False
     # AOTInductor writes into this setting and leaves it so, and it is in the key of each graph that
     # is compiled later
     with torch_private.config.patch({"aot_inductor.metadata": {}}):

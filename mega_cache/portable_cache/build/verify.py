@@ -63,7 +63,7 @@ def compare_logits(
         }
         margin = largest_margin(eager, prompt, forced)
         rows.append({"prompt_length": length, "largest_margin": margin, **errors})
-    slots = opened.compiler.artifact["slots"]
+    slots = opened.artifact["slots"]
     return logits_document(APPROACH, target.dtype, slots, steps, rows)
 
 

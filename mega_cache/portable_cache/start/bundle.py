@@ -1,15 +1,9 @@
 """Load a mega-cache blob after whose load nothing is left to compile, tune or build.
 
-`torch.compiler.save_cache_artifacts()` stores compiled graphs. What a start would still do after a
-load of those is in the same blob (build/saving.py writes it):
-
-    tuned Triton kernels        inside the graphs themselves
-    Triton's C helper           an entry of torch's kind "autotune", which is a plain file
-    the decode step             the same (decode_step)
-    C++ kernels of CPU graphs   a kind of entry of our own (cpu_kernels)
-
-A plain `torch.compiler.load_cache_artifacts(blob)` works on the file too, under the settings of
-`configure`. Only where there are C++ kernels cpu_kernels must have been imported.
+Beside graphs (build/saving.py): tuned Triton kernels inside the graphs; Triton's C helper
+and the decode step as entries of torch's kind "autotune", which are plain files; C++ kernels of CPU
+graphs as a kind of our own. A plain `torch.compiler.load_cache_artifacts(blob)` works too, under
+the settings of `configure`, where there are C++ kernels after an import of cpu_kernels.
 A blob is code (pickles and native code): whoever calls `load_bundle` has decided to trust it.
 """
 
@@ -73,6 +67,8 @@ def configure(device: str) -> None:
     """Set what is part of the compiler's keys, the same at a build and a start."""
     row_sums = None
     if device == "cpu":
+        # Triton's compile workers: processes that import torch, and here have nothing to do
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
         with torch_private.losing("a CPU multiplies one row by each weight slowly"):
             from portable_cache.start.row_sums import RowSums
 

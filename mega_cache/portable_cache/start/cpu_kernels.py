@@ -1,8 +1,8 @@
 """Carry the C++ kernels of a CPU graph inside the bundle, so that a load calls no g++.
 
-torch saves the sources of a CPU graph's kernels, never the shared objects, so a plain
-load compiles each one, after seconds of instruction-set probing. Here they are one more kind of
-entry in the same blob, behind one that says what they were built for.
+torch saves the sources of a CPU graph's kernels, never the shared objects, so a plain load compiles
+each one. Here they are one more kind of entry in the same blob, behind one that says what they were
+built for.
 """
 
 import functools
@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import re
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,9 +57,14 @@ def check_runs_here(built_for: bytes) -> None:
     stack, _, features = built_for.decode(errors="replace").partition("\n")
     if stack != STACK:
         raise ArtifactMismatchError(f"C++ kernels built with {stack!r}, this is {STACK!r}")
-    if missing := sorted(set(features.split()) - cpu_features()):
+    check_processor(features.split())
+
+
+def check_processor(features: list[str]) -> None:
+    """Raise ArtifactMismatchError unless this processor has all those features."""
+    if missing := sorted(set(features) - cpu_features()):
         raise ArtifactMismatchError(
-            f"C++ kernels built for a processor with {', '.join(missing)}, which this one lacks: "
+            f"C++ code built for a processor with {', '.join(missing)}, which this one lacks: "
             "rebuild on this machine"
         )
 
@@ -74,35 +78,31 @@ def record() -> None:
     """
     with torch_private.losing("g++ compiles the C++ kernels of a traced graph at each load"):
         # bound to its class, which is the base of others
-        bound, load_library = torch_private.load_cpp_kernel, torch_private.load_cpp_library
-        stock = bound.__func__
-        torch_private.replace("load_cpp_kernel", classmethod(_recording(stock, load_library)))
+        stock = torch_private.load_cpp_kernel.__func__
+        load_library = torch_private.load_cpp_library.__func__
+        signature = inspect.signature(stock)
 
+        def load_pybinding_async(cls, *args, **kwargs):
+            call = signature.bind(cls, *args, **kwargs)
+            call.apply_defaults()
+            # The source's own name: torch's hashes the compiler's command line, and to get that it
+            # probes the instruction sets and runs g++. BUILT_FOR guards what is left out.
+            source = {k: v for k, v in call.arguments.items() if k not in ("cls", "submit_fn")}
+            text = repr((cls.__name__, sorted(source.items())))
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            get_kernel = None if digest in prebuilt else stock(cls, *args, **kwargs)
 
-def _recording(stock: Callable, load_library: Callable) -> Callable:
-    signature = inspect.signature(stock)
+            def load():
+                if get_kernel is None:
+                    path = prebuilt[digest]
+                    # The key only names the module; torch uses the file's stem too.
+                    module = load_library(cls, str(path), path.name.partition(".")[0])
+                    kernel = getattr(module, cls.entry_function)
+                else:
+                    kernel = get_kernel()
+                recorded[digest] = Path(kernel.__self__.__file__)  # a builtin's self is its module
+                return kernel
 
-    def load_pybinding_async(cls, *args, **kwargs):
-        call = signature.bind(cls, *args, **kwargs)
-        call.apply_defaults()
-        # The source's own name: torch's hashes the compiler's command line, and to get that it
-        # probes the instruction sets and runs `g++ --version`. BUILT_FOR guards what is left out.
-        source = {k: v for k, v in call.arguments.items() if k not in ("cls", "submit_fn")}
-        digest = hashlib.sha256(repr((cls.__name__, sorted(source.items()))).encode()).hexdigest()
-        get_kernel = None if digest in prebuilt else stock(cls, *args, **kwargs)
+            return load
 
-        def load():
-            if get_kernel is None:
-                path = prebuilt[digest]
-                # The key only names the module; torch uses the file's stem too.
-                module = load_library.__func__(cls, str(path), path.name.partition(".")[0])
-                kernel = getattr(module, cls.entry_function)
-            else:
-                kernel = get_kernel()
-            # a builtin's self is its module
-            recorded[digest] = Path(kernel.__self__.__file__)
-            return kernel
-
-        return load
-
-    return load_pybinding_async
+        torch_private.replace("load_cpp_kernel", classmethod(load_pybinding_async))

@@ -4,11 +4,10 @@ The KV cache's tensors are inputs of the library and their slots a dynamic size;
 bound to it once, the model's own. A start with it traces nothing, runs no Inductor and checks no
 guards. What those protect from is said as plain data, the contract: made at the build, kept as JSON
 in the artifact's metadata, and compared at load (of_process) and at every call (of_call). torch,
-transformers and the GPU are compared with the whole artifact.
+transformers, the GPU and the model's architecture are compared with the whole artifact.
 """
 
 import hashlib
-import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.errors import ArtifactMismatchError
-from common.machine import cpu_features
 from portable_cache import torch_private
-from portable_cache.start import attention
+from portable_cache.start import attention, cpu_kernels
 from portable_cache.start.generation import CACHE
 
 PREFIX = "model."  # of the weights' names in the library, whose module owns the model
-_SLOTS = "slots"  # stands for a size that differs from cache to cache
 
 
 class SavedStep(NamedTuple):
@@ -35,10 +32,6 @@ class SavedStep(NamedTuple):
 
     package: bytes  # a .pt2 without weights
     contract: dict[str, Any]
-
-
-class StepMismatchError(ArtifactMismatchError):
-    """The decode step was built for something else; the message says found and expected."""
 
 
 class GraphedStep:
@@ -68,21 +61,19 @@ class GraphedStep:
 def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutputWithPast]:
     """Return a decode function for `generate` over the model's own weights.
 
-    What was saved is code: its origin must have been checked. Raises StepMismatchError before any
-    of it is loaded if it was built for something else. With CUDA graphs the first call with a KV
-    cache captures one.
+    What was saved is code: its origin must have been checked. Raises ArtifactMismatchError before
+    any of it is loaded if it was built for something else. With CUDA graphs the first call with a
+    KV cache captures one.
     """
     contract = saved.contract
     check(contract["process"], of_process(model))
-    if missing := sorted(set(contract["processor"]) - cpu_features()):
-        raise StepMismatchError(
-            f"the decode step was built for a processor with {', '.join(missing)}, which this one "
-            "lacks: rebuild on this machine"
-        )
+    cpu_kernels.check_processor(contract["processor"])
     with tempfile.TemporaryDirectory(prefix="llama-step-") as folder:
         path = Path(folder, "step.pt2")
         path.write_bytes(saved.package)
-        loader = _open_package(path, model.device)
+        index = model.device.index if model.device.type == "cuda" else -1
+        # of the one model in it; without locks, which no CUDA graph can capture; one instance
+        loader = torch_private.PackageLoader(str(path), "model", True, 1, index)
     own = weights_of(model) | {
         name: torch.tensor(values, dtype=getattr(torch, dtype), device=model.device)
         for name, (dtype, values) in contract["constants"].items()
@@ -111,48 +102,25 @@ def load(saved: SavedStep, model: PreTrainedModel) -> Callable[..., CausalLMOutp
     return decode
 
 
-def _open_package(path: Path, device: torch.device) -> Any:
-    index = device.index if device.type == "cuda" else -1
-    # of the one model in it; without locks, which no CUDA graph can capture; one instance
-    return torch_private.PackageLoader(str(path), "model", True, 1, index)
-
-
 # ---- the contract --------------------------------------------------------------------------
 
 
 def check(built: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise StepMismatchError unless everything found is what the step was compiled for."""
+    """Raise ArtifactMismatchError unless everything found is what the step was compiled for."""
     for name, value in found.items():
         if built.get(name) != value:
-            raise StepMismatchError(
+            raise ArtifactMismatchError(
                 f"the decode step was built with {name} {built.get(name)!r}, here it is {value!r}"
             )
 
 
 def of_process(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what must hold of this process and its model, as JSON values."""
+    """Return what must hold of this process, besides what the artifact's metadata says."""
     cuda = model.device.type == "cuda"
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        # what a checkpoint may change without changing what is computed
-        if name not in ("_name_or_path", "transformers_version", "architectures", "dtype")
-        and not name.endswith("_token_id")
-    }
-    # A tensor's first name is what differs when two of them are tied in one process and not in the
-    # other: the library has one weight for both, and would silently use the wrong one.
-    first_names: dict[int, str] = {}
-    weights = [
-        [name, *_form(tensor, None), first_names.setdefault(id(tensor), name)]
-        for name, tensor in weights_of(model).items()
-    ]
     return {
         # Inductor writes it into C++ kernels
         "threads": None if cuda else torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "config": _digest(config),
-        "attention": _digest(Path(attention.__file__).read_text()),
-        "weights": _digest(weights),
+        "attention": hashlib.sha256(Path(attention.__file__).read_bytes()).hexdigest(),
     }
 
 
@@ -204,18 +172,14 @@ def slot_dimension(tensor: Tensor, slots: int) -> int | None:
     return len(sizes) - 1 if sizes and sizes[-1] == slots else None
 
 
-def _form(value: Any, slots: int | None) -> Any:
+def _form(value: Any, slots: int) -> Any:
     """Return what the step depends on: for a tensor its kind, for anything else the value."""
     if isinstance(value, Tensor):
         shape: list[Any] = list(value.shape)
-        if slots is not None and (at := slot_dimension(value, slots)) is not None:
-            shape[at] = _SLOTS
+        if (at := slot_dimension(value, slots)) is not None:
+            shape[at] = "slots"
         # strides say nothing in a dimension of size 1, so contiguity is compared in their place
         return [shape, str(value.dtype), str(value.device), value.is_contiguous()]
     if isinstance(value, Mapping):
         return {name: _form(inner, slots) for name, inner in value.items()}
     return value if isinstance(value, bool | int | float | str | None) else str(type(value))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from common.model.resolve import read_config
 from common.model.target import Target
 from common.model.tokenizer import Generate, TokenStreamer
 from portable_cache import torch_private
-from portable_cache.flags import DYNAMIC, CompileFlags
+from portable_cache.flags import CompileFlags
 from portable_cache.start import attention
 
 # how this transformers calls a KV cache, as an argument and in an output: `cache` from 5.24 on
@@ -90,7 +90,7 @@ def configure_generation(
 def compile_config(flags: CompileFlags) -> transformers.CompileConfig:
     """Return what `generate` passes to torch.compile."""
     compiling = transformers.CompileConfig(
-        fullgraph=flags.fullgraph, dynamic=DYNAMIC[flags.compile_dynamic], mode=flags.compile_mode
+        fullgraph=flags.fullgraph, dynamic=flags.dynamic(), mode=flags.compile_mode
     )
     torch_private.compile_everywhere(compiling)
     if compiling.dynamic:

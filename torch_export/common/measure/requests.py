@@ -59,7 +59,8 @@ def serve_requests(
         "approach": approach,
         "mode": mode,
         "command": [sys.executable, *sys.argv],
-        "environment": environment(),
+        # asks git and a dozen files: for who keeps the result
+        "environment": environment() if settings.shared.json else {},
         "config": config_of(settings),
         "metrics": measures.run_metrics(requests, setup_seconds, stages.elapsed()),
         "decode": _decode_rates(target, len(prompts[0]), requests),
