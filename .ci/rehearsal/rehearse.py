@@ -19,9 +19,9 @@ from pathlib import Path
 
 import of_mega_cache
 import of_torch_export
+from checkpoints import write_3b, write_tiny_qwen3
 from of_mega_cache import Artifact
 from rehearsal import Rehearsal, UnexpectedEndError
-from sparse_checkpoint import write_checkpoint, write_tiny_qwen3
 
 
 def main() -> None:
@@ -55,8 +55,8 @@ def steps(rehearsal: Rehearsal) -> dict[str, Callable[[], None]]:
     layers = 28
     if not rehearsal.real:  # where nothing is computed weights may be zeros, and layers are alike
         layers = 6
-        long_3b = write_checkpoint(rehearsal.folder / "3b_6_layers", layers)
-        short_3b = write_checkpoint(rehearsal.folder / "3b_2_layers", 2)
+        long_3b = write_3b(rehearsal.folder / "3b_6_layers", layers)
+        short_3b = write_3b(rehearsal.folder / "3b_2_layers", 2)
     artifacts = [
         Artifact("max-autotune", True, short_3b, longest=0, prompt_lengths=(1, 60)),
         Artifact("max-autotune", True),

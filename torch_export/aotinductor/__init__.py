@@ -20,7 +20,7 @@ def load(
     from aotinductor.flags import ExpectedShapeFlags, PackageFileFlags
     from aotinductor.lengths import find_plan
     from aotinductor.models import refuse_unsupported
-    from aotinductor.start.opening import make_opening
+    from aotinductor.start.loading import make_opening
     from common.artifact.disk import TrustFlags
     from common.cli import Console, SharedFlags
 

@@ -86,10 +86,17 @@ class Plan(NamedTuple):
         """Return the length that the graph is called with for `length` true tokens."""
         return self.bounds.padded(length, self.bucket_pad)
 
-    def check_request(self, prompt_tokens: int, max_new_tokens: int) -> None:
+    def check_request(
+        self, prompt_tokens: int, max_new_tokens: int, temperature: float = 0.0
+    ) -> None:
         """Raise UsageError, naming the limit, for a request that the graphs cannot serve."""
         bounds, slots, longest = self.bounds, self.slots, self.bounds.max_seq_len
         static = not bounds.dynamic_seq_len
+        if temperature and slots is None:
+            raise UsageError(
+                "--temperature samples from a package with a KV cache, the base graph is greedy: "
+                "build one with ./build.sh --kv-cache, or leave --temperature out"
+            )
         if static and max_new_tokens > 1:
             raise UsageError(
                 f"--max-new-tokens {max_new_tokens} with a static package: it was exported for one "

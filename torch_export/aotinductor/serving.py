@@ -8,8 +8,7 @@ from aotinductor.lengths import find_plan
 from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import find_differences
 from aotinductor.start.engine import Engine
-from aotinductor.start.loading import choose_library, require_gpu_for_graph
-from aotinductor.start.opening import Opening, make_opening
+from aotinductor.start.loading import Opening, choose_library, make_opening
 from common.cli import Console
 from common.errors import UsageError
 from common.measure import requests
@@ -27,18 +26,21 @@ def run(settings: RunSettings, console: Console) -> dict | None:
     opening = open_run(settings, console)
     stages.close("device")
     plan, codec = opening.plan, opening.codec
+    limits = (settings.prompt.max_new_tokens, settings.sampling.temperature)
     if wants_conversation(settings.prompt):
         if settings.shared.json:
             raise UsageError(
                 "--json keeps a run's result, and a conversation has none: ask --prompt"
             )
+        if settings.mode != "eager":
+            plan.check_request(plan.bounds.min_seq_len, *limits)
         generate, *_ = set_up(settings, opening, plan.padded(1), stages, console)
         converse(codec, generate)
         return None
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     if settings.mode != "eager":
         for prompt in prompts:
-            plan.check_request(len(prompt), settings.prompt.max_new_tokens)
+            plan.check_request(len(prompt), *limits)
     padded = len(prompts[0]) if settings.mode == "eager" else plan.padded(len(prompts[0]))
     generate, artifact, watch = set_up(settings, opening, padded, stages, console)
     document = requests.serve_requests(
@@ -70,11 +72,10 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
     opening = make_opening(pair, settings.shared, settings.trust, plan, console)
     if settings.mode != "eager":
         refuse_unsupported(opening.target.checkpoint, plan.slots is not None)
-    require_gpu_for_graph(loading.cuda_graph, opening.target.device, opening.plan.slots)
-    if settings.sampling.temperature and settings.mode != "eager" and opening.plan.slots is None:
+    if loading.cuda_graph and (opening.target.device != "cuda" or plan.slots is None):
         raise UsageError(
-            "--temperature samples from a package with a KV cache, the base graph is greedy: "
-            "build one with ./build.sh --kv-cache, or leave --temperature out"
+            "--cuda-graph captures the decode step of a package with a KV cache on a CUDA GPU: "
+            f"this is {'the base graph' if plan.slots is None else 'a CPU'}"
         )
     wish = opening.wish._replace(library=loading.library, cuda_graph=loading.cuda_graph)
     return opening._replace(wish=wish)

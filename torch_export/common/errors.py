@@ -89,6 +89,10 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         sys.exit(status)
 
 
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+
+
 def _raise_interrupt(signum: int, frame: object) -> None:
     # An import or a destructor that it hits may swallow it, and the build would go on for minutes:
     # seen on torch 2.13. So it comes again, in 5 s: later than any clean-up takes.
@@ -114,7 +118,7 @@ def _reader_has_gone() -> bool:
 
 def _status_and_line(error: BaseException) -> tuple[int, str]:
     lacking = EnvironmentProblemError.status
-    text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    text = first_line(error)
     if isinstance(error, ScriptError):
         return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -98,6 +98,7 @@ def allow_tensor_bounds() -> None:
 if __name__ == "__main__":
     allow_tensor_bounds()
     torch.set_num_threads(1)
-    cases = product((torch.float32, torch.float16), (64, 128), (1, 3, 4, 8), POSITIONS)
-    # norms of each head for one group alone: they know nothing of others
-    print(json.dumps([measure(*case, normed=case[2] == 3) for case in cases]))
+    kinds = (torch.float32, torch.float16), (64, 128)
+    cases = [*product(*kinds, (1, 3, 4, 8), POSITIONS, [False])]
+    cases += product(*kinds, [3], [130], [True])  # norms know nothing of groups and positions
+    print(json.dumps([measure(*case) for case in cases]))

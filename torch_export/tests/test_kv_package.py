@@ -91,6 +91,12 @@ def test_a_prompt_may_fill_the_cache_to_the_last_slot_and_not_beyond(tiny):
     assert list(at_the_end) == expected
 
 
+@pytest.mark.parametrize("token_id", [-1, 512])
+def test_an_id_that_the_embedding_has_no_row_for_is_refused(token_id, tiny):
+    with pytest.raises(UsageError, match=rf"token {token_id}, None, .* has 512"):
+        tiny.engine.generate([1, token_id, 2], 2)
+
+
 def test_generation_stops_at_an_end_of_sequence_token(tiny):
     tokens = tiny.eager(tiny.prompt(9, NEW_TOKENS))
     stop = tokens[10]

@@ -75,8 +75,7 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
             "transformers": package_version("transformers"),
             "architecture": _architecture(config, model, rope),
             "rope": rope,
-            **_token_ids(folder, config),
-            "max_positions": getattr(config, "max_position_embeddings", None),
+            "stop_ids": _stop_ids(folder, config),
             **_parameters(model),
         }
     except _UNREADABLE as error:
@@ -257,8 +256,8 @@ def _matches(patterns: Iterable[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _token_ids(folder: Path, config) -> dict[str, Any]:
-    """Return the ids that end a text, and those of bos, eos and pad, as `generate` has them."""
+def _stop_ids(folder: Path, config) -> list[int]:
+    """Return the ids that end a text, as `generate` has them."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -266,13 +265,7 @@ def _token_ids(folder: Path, config) -> dict[str, Any]:
     else:
         generation = GenerationConfig.from_model_config(config)
     stops = generation.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    return {
-        "stop_ids": stops,
-        "eos_id": stops[0] if stops else None,
-        "bos_id": generation.bos_token_id,
-        "pad_id": generation.pad_token_id,
-    }
+    return [] if stops is None else stops if isinstance(stops, list) else [stops]
 
 
 # --- tokenizer -------------------------------------------------------------------------------

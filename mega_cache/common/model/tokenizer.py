@@ -68,13 +68,18 @@ class TextCodec:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.render(messages)
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        for one in ids:
-            if one >= self.vocab_size:
-                raise UsageError(
-                    f"the prompt holds token {one}, {self.tokenizer.id_to_token(one)!r}, and the "
-                    f"model's vocabulary has {self.vocab_size}: its embedding lacks that row"
-                )
+        self.check_ids(ids)
         return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise UsageError for an id that the model's embedding has no row for."""
+        for one in ids:
+            if not 0 <= one < self.vocab_size:
+                token = self.tokenizer.id_to_token(one) if one >= 0 else None
+                raise UsageError(
+                    f"the prompt holds token {one}, {token!r}, and the model's vocabulary has "
+                    f"{self.vocab_size}: its embedding lacks that row"
+                )
 
     def render(self, messages: Messages) -> str:
         """Return the text that the chat template makes of messages, up to the answer's begin."""

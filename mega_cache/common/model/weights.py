@@ -18,10 +18,10 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import cuda
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # MAP_NORESERVE of Linux, which Python names from 3.11 on: a model in the page cache is no memory
 # that the system would have to promise
 _NO_RESERVE = 0x4000
+_POPULATE_READ = 22  # MADV_POPULATE_READ
+# (address, its dtype, another address, its dtype, how many values)
+Convert = Callable[[int, str, int, str, int], None]
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Where a tensor begins on the device, as CUDA's allocator has it; generated kernels assume 16.
@@ -63,6 +66,10 @@ class Tensor(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * item_bytes(self.dtype)
 
+    def at(self, element: int) -> int:
+        """Return the address of an element, counted from the first."""
+        return self.address + element * item_bytes(self.dtype)
+
 
 def target_dtype(one: Stored, dtype: str | None) -> str:
     return dtype if dtype is not None and one.dtype in _FLOATS else one.dtype
@@ -83,6 +90,24 @@ def map_tensor(one: Stored) -> Tensor:
         ctypes.memmove(owner, address, one.nbytes)
         address = ctypes.addressof(owner)
     return Tensor(address, one.shape, one.dtype, owner)
+
+
+def map_pages(stored: Iterable[Stored]) -> None:
+    """Have threads map the pages of these tensors' files, which else the first use does one by one.
+
+    That takes 40 ms of 540 MB in the page cache; a start has other things to do meanwhile.
+    """
+
+    def populate(mapping: mmap.mmap) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        # on failure (Linux before 5.14) they come with their first use
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), _POPULATE_READ
+        )
+
+    for path in {one.path for one in stored}:
+        mapping = _map_file(path, os.stat(path).st_mtime_ns)
+        threading.Thread(target=populate, args=(mapping,), daemon=True).start()
 
 
 @functools.cache  # a file is mapped once, and for as long as this process lives
@@ -110,27 +135,38 @@ def convert(values: "np.ndarray", dtype: str, target: str) -> "np.ndarray":
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def converted(tensor: Tensor, dtype: str) -> Tensor:
-    """Return the tensor of the host in another dtype: a copy, unless it has that dtype."""
-    if tensor.dtype == dtype:
-        return tensor
+def convert_with_numpy(source: int, dtype: str, place: int, wanted: str, count: int) -> None:
+    """Write so many values at an address of the host to another one, in another dtype."""
     import numpy as np
 
-    raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
-    values = convert(np.frombuffer(raw, numpy_dtype(tensor.dtype)), tensor.dtype, dtype)
-    return Tensor(values.ctypes.data, tensor.shape, dtype, values)
+    raw = (ctypes.c_char * (count * item_bytes(dtype))).from_address(source)
+    values = convert(np.frombuffer(raw, numpy_dtype(dtype)), dtype, wanted)
+    ctypes.memmove(place, values.ctypes.data, values.nbytes)
 
 
 # --- to the device ---------------------------------------------------------------------------
 
 
 class Upload:
-    """Tensors that have their places, and the threads that still carry bytes there."""
+    """Tensors that have their places, and the threads that still bring bytes there."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
         self.threads: list[threading.Thread] = []
         self.failures: list[Exception] = []
+
+    def start(self, threads: int, bring: Callable[[], None]) -> None:
+        """Have so many threads bring the bytes."""
+
+        def run() -> None:
+            try:
+                bring()
+            except (OSError, EnvironmentProblemError) as error:  # for the thread that waits
+                self.failures.append(error)
+
+        self.threads = [threading.Thread(target=run) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
 
     def wait(self) -> dict[str, Tensor]:
         """Return the tensors once their bytes are there. Raises the first error of a reader."""
@@ -142,17 +178,18 @@ class Upload:
 
 
 def start_upload(
-    stored: Mapping[str, Stored], device: str, dtype: str | None = None, base: int | None = None
-) -> Upload:
+    stored: Mapping[str, Stored], device: str, dtype: str | None = None, base: int | None = None,
+    convert: Convert = convert_with_numpy,
+) -> Upload:  # fmt: skip
     """Return the tensors by the same names on `device`; `wait` for their bytes before use.
 
     Floating-point tensors become `dtype`, or stay as they are stored. Two names of the same
     `Stored` share a tensor. On a GPU they go to the address `base`, which the caller owns, laid out
     as `device_layout` says, or else to memory made here: zeros, so that a warm-up before the bytes
-    are there computes with ordinary numbers. On a CPU there is nothing to wait for.
+    are there computes with ordinary numbers. `convert` is called in several threads.
     """
     if device != "cuda":
-        return Upload(_on_host(stored, dtype))
+        return _start_on_host(stored, dtype, convert)
     offsets, total = device_layout(stored, dtype)
     memory = None if base is not None else cuda.DeviceMemory(total)
     if memory:
@@ -165,14 +202,36 @@ def start_upload(
     upload = Upload({name: places[one] for name, one in stored.items()})
     # opened here: the caller may close or replace the files as soon as this returns
     files = {path: open(path, "rb", buffering=0) for path in {one.path for one in places}}  # noqa: SIM115
-    work: SimpleQueue = SimpleQueue()
-    for one, place in places.items():
-        for piece in _cut(one, place):
-            work.put((files[one.path], *piece))
-    arguments = (work, upload.failures)
-    upload.threads = [threading.Thread(target=_carry, args=arguments) for _ in range(_READERS)]
-    for thread in upload.threads:
-        thread.start()
+    mapped = {one: map_tensor(one) for one in places if one.dtype != places[one].dtype}
+    pieces = [(one, *piece) for one in places for piece in _cut(one, places[one])]
+    left = iter(pieces)  # each thread takes the next
+    upload.start(_READERS, lambda: _carry(left, places, files, mapped, convert))
+    return upload
+
+
+def _start_on_host(stored: Mapping[str, Stored], dtype: str | None, convert: Convert) -> Upload:
+    """Return the tensors within the mapped files, but converted ones in memory of their own."""
+    mapped = {one: map_tensor(one) for one in stored.values()}
+    others = {n: one for n, one in stored.items() if target_dtype(one, dtype) != one.dtype}
+    offsets, total = device_layout(others, dtype)
+    pages = mmap.mmap(-1, max(total, 1))
+    with suppress(OSError):  # of 2 MiB each, where there are such: few faults on the way
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    places = mapped | {
+        one: Tensor(base + offset, one.shape, target_dtype(one, dtype), pages)
+        for one, offset in offsets.items()
+    }
+    pieces = [(one, *piece) for one in offsets for piece in _cut(one, places[one])]
+    left = iter(pieces)  # each thread takes the next
+
+    def bring() -> None:
+        for one, first, count in left:
+            source, place = mapped[one].at(first), places[one].at(first)
+            convert(source, one.dtype, place, places[one].dtype, count)
+
+    upload = Upload({name: places[one] for name, one in stored.items()})
+    upload.start(min(len(pieces), len(os.sched_getaffinity(0))), bring)
     return upload
 
 
@@ -188,56 +247,38 @@ def device_layout(
     return offsets, total
 
 
-def _on_host(stored: Mapping[str, Stored], dtype: str | None) -> dict[str, Tensor]:
-    tensors = {}
-    for one in set(stored.values()):
-        tensors[one] = converted(map_tensor(one), target_dtype(one, dtype))
-    return {name: tensors[one] for name, one in stored.items()}
-
-
-def _cut(one: Stored, place: Tensor) -> Iterator[tuple[int, str, int, str, int]]:
-    """Yield (file offset, its dtype, address, dtype there, values), at most a staging buffer."""
-    read, written = item_bytes(one.dtype), item_bytes(place.dtype)
-    step = _STAGING_BYTES // max(read, written)
+def _cut(one: Stored, place: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield (first element, how many): pieces that fit into a staging buffer."""
+    step = _STAGING_BYTES // item_bytes(place.dtype)
     for first in range(0, one.elements, step):
-        count = min(step, one.elements - first)
-        yield (
-            one.begin + first * read, one.dtype, place.address + first * written, place.dtype, count
-        )  # fmt: skip
+        yield first, min(step, one.elements - first)
 
 
-def _carry(work: SimpleQueue, failures: list[Exception]) -> None:
+def _carry(
+    pieces: Iterator[tuple[Stored, int, int]], places: Mapping[Stored, Tensor],
+    files: Mapping[Path, FileIO], mapped: Mapping[Stored, Tensor], convert: Convert,
+) -> None:  # fmt: skip
     """Take pieces until none is left: page cache -> page-locked buffer -> device, two in flight."""
-    try:
-        cuda.runtime().cudaSetDevice(0)  # of this thread
-        stream = cuda.Stream()
-        buffers = [(cuda.HostMemory(_STAGING_BYTES), cuda.Event()) for _ in range(2)]
-        turn = 0
-        with suppress(Empty):
-            while not failures:
-                file, begin, dtype, address, target, count = work.get_nowait()
-                memory, copied = buffers[turn]
-                copied.wait()  # at once, if never recorded
-                nbytes = count * item_bytes(target)
-                _read_into(file.fileno(), memory.view[:nbytes], begin, dtype, target)
-                stream.upload(address, memory.address, nbytes)
-                copied.record(stream)
-                turn = 1 - turn
-        stream.wait()
-    except (OSError, EnvironmentProblemError) as error:  # for the thread that waits
-        failures.append(error)
+    cuda.runtime().cudaSetDevice(0)  # of this thread
+    stream = cuda.Stream()
+    buffers = [(cuda.HostMemory(_STAGING_BYTES), cuda.Event()) for _ in range(2)]
+    for one, first, count in pieces:
+        place, (memory, copied) = places[one], buffers[0]
+        nbytes = count * item_bytes(place.dtype)
+        copied.wait()  # at once, if never recorded
+        if one in mapped:
+            convert(mapped[one].at(first), one.dtype, memory.address, place.dtype, count)
+        else:
+            begin = one.begin + first * item_bytes(one.dtype)
+            _read_into(files[one.path].fileno(), memory.view[:nbytes], begin)
+        stream.upload(place.at(first), memory.address, nbytes)
+        copied.record(stream)
+        buffers.reverse()
+    stream.wait()
 
 
-def _read_into(descriptor: int, target: memoryview, begin: int, dtype: str, wanted: str) -> None:
-    """Fill `target` from the file, converted to `wanted`. preadv lets go of the GIL."""
-    if dtype != wanted:
-        count = len(target) // item_bytes(wanted)
-        import numpy as np
-
-        values = np.empty(count, numpy_dtype(dtype))
-        _read_into(descriptor, memoryview(values).cast("B"), begin, dtype, dtype)
-        target[:] = memoryview(convert(values, dtype, wanted)).cast("B")
-        return
+def _read_into(descriptor: int, target: memoryview, begin: int) -> None:
+    """Fill `target` from the file. preadv lets go of the GIL."""
     done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done:]], begin + done)

@@ -13,7 +13,7 @@ def start_upload(target: Target) -> Callable[[], dict[str, torch.Tensor]]:
     """Start to bring the weights to the device; the function returned waits for them, by name."""
     stored = target.checkpoint.stored
     if target.device != "cuda":
-        host = weights.start_upload(stored, target.device, target.dtype).tensors
+        host = weights.start_upload(stored, target.device, target.dtype).wait()
         return lambda: {name: _view(_memory_of(one), one) for name, one in host.items()}
     _, total = weights.device_layout(stored, target.dtype)
     # in memory of torch's own; zeros, as ordinary numbers, until the bytes are there

@@ -16,7 +16,9 @@ from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
 from common.model import resolve
 from common.model.checkpoint import Checkpoint, resolve_checkpoint
+from common.model.eager import eager_logits, load_model
 from common.model.resolve import ask_transformers, read_config
+from common.model.target import Target
 from common.model.tokenizer import load_codec
 
 QUIET = Console(quiet=True)
@@ -142,7 +144,7 @@ def test_any_depth_of_a_shape_has_the_same_layers(described, tiny):
     deeper = described(num_hidden_layers=6)
     assert deeper.config_digest != tiny.config_digest
     assert deeper.layer_digest == tiny.layer_digest
-    assert (deeper.layers, deeper.kv_heads, deeper.head_dim) == (6, 2, 32)
+    assert deeper.layers == 6
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_what_weights_a_family_has_is_told(model_type, biases, norms, described)
 def test_any_family_of_transformers_can_be_told(model_type, described):
     shape = {"n_embd": 256, "n_layer": 4, "n_head": 8} if model_type == "gpt2" else {}
     found = described(model_type=model_type, rope_scaling=None, pad_token_id=0, **shape)
-    assert (found.layers, found.hidden_size) == (4, 256)
+    assert (found.layers, found.architecture["hidden_size"]) == (4, 256)
     json.dumps(found.resolved)
 
 
@@ -294,12 +296,19 @@ REFUSED = {
         lambda f: cut(f / "model.safetensors"), ("model.safetensors is damaged", "cut off"),
     ),
     "cut header": (lambda f: cut(f / "model.safetensors", 1e-4), ("model.safetensors is damaged",)),
+    "shard of no name": (
+        lambda f: (shard(f), edit(f / "model.safetensors.index.json", weight_map={"a": 5})),
+        ("model.safetensors.index.json is damaged",),
+    ),
     "absent shard": (shard, ("model-00001-of-00002.safetensors", "not there")),
     "unknown family": (
         lambda f: edit(f / "config.json", model_type="nobody"), ("config.json", "nobody"),
     ),
     "no family": (
         lambda f: edit(f / "config.json", model_type=None), ("config.json", "transformers"),
+    ),
+    "no heads": (
+        lambda f: edit(f / "config.json", num_attention_heads=0), ("config.json", "zero"),
     ),
     "unknown rope": (
         lambda f: edit(f / "config.json", rope_scaling={"rope_type": "spiral", "factor": 2.0}),
@@ -351,6 +360,17 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_name(tiny):
     assert codec.encode("plain")
     with pytest.raises(UsageError, match=r"token 259, '<\|eot_id\|>'.* 258"):
         codec.encode("hello<|eot_id|>")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_overflow_of_the_model_itself_is_told_as_that(dtype, copy):
+    edit_weights(copy, lambda t: t | {"model.norm.weight": t["model.norm.weight"] * 1e4})
+    model = load_model(Target(resolve_checkpoint(str(copy), QUIET), "cpu", dtype))
+    if dtype == "float32":
+        assert eager_logits(model, [1, 2, 3], 2).shape == (2, 512)
+        return
+    with pytest.raises(UsageError, match=r"own model has logits in float16 .* --dtype bfloat16"):
+        eager_logits(model, [1, 2, 3], 2)
 
 
 # --- asked once ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.cli import Console
 from common.model import presets
@@ -49,6 +49,11 @@ def test_big_presets_have_the_published_parameter_count(preset, billions):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**presets.CONFIGS[preset]))
     assert round(model.num_parameters() / 1e9, 3) == billions
+
+
+def test_what_its_tokenizer_returns_is_what_generate_takes(tiny):
+    inputs = AutoTokenizer.from_pretrained(tiny.folder)(PROMPT)
+    assert set(inputs) == {"input_ids", "attention_mask"}
 
 
 def test_making_a_preset_leaves_its_folders_name(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common.cli import Console, Flags, PromptFlags
+from common.cli import Console, Flags, PromptFlags, SharedFlags
 from common.errors import UsageError
 from common.measure.measures import Stages, process_start
 from common.measure.requests import serve_requests
@@ -144,6 +144,7 @@ def test_the_same_prompt_is_shown_once_unless_all_are_asked_for(
 ):
     class Settings(Flags):
         prompt: PromptFlags
+        shared: SharedFlags
 
     def generate(prompt, on_token):
         for token_id in prompt:

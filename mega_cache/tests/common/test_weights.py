@@ -12,7 +12,7 @@ from common import cuda
 from common.errors import UsageError
 from common.model import weights
 from common.model.stored import Stored, list_stored, read_header
-from common.model.weights import Tensor, start_upload
+from common.model.weights import start_upload
 
 
 @pytest.fixture
@@ -86,30 +86,29 @@ def test_a_file_that_is_cut_off_is_named(kept, checkpoint):
         read_header(path)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_pieces_cover_a_tensor_once_and_fit_a_buffer(monkeypatch, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_a_tensor_is_converted_whole_in_pieces(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(weights, "_STAGING_BYTES", 64)
     source = torch.randn(7, 11)
-    place = torch.zeros(7, 11, dtype=getattr(torch, dtype))
     path = tmp_path / "any"
     path.write_bytes(b"12" + source.numpy().tobytes())
-    one = Stored(path, "float32", (7, 11), 2)
-    with open(path, "rb") as file:
-        for begin, stored, address, wanted, count in weights._cut(
-            one, Tensor(place.data_ptr(), (7, 11), dtype)
-        ):
-            buffer = bytearray(count * place.element_size())
-            assert len(buffer) <= 64
-            weights._read_into(file.fileno(), memoryview(buffer), begin, stored, wanted)
-            ctypes.memmove(address, bytes(buffer), len(buffer))
-    assert torch.equal(place, source.to(place.dtype))
+    counts = []
+
+    def convert(*place):
+        counts.append(place[-1])
+        weights.convert_with_numpy(*place)
+
+    stored = {"one": Stored(path, "float32", (7, 11), 2)}
+    found = start_upload(stored, "cpu", dtype, convert=convert).wait()
+    assert max(counts) == 32 and sum(counts) == 77
+    assert_equal(found, {"one": source.to(getattr(torch, dtype))})
 
 
 def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "short"
     path.write_bytes(b"1234")
     with open(path, "rb") as file, pytest.raises(OSError, match="ended at byte 4"):
-        weights._read_into(file.fileno(), memoryview(bytearray(8)), 0, "uint8", "uint8")
+        weights._read_into(file.fileno(), memoryview(bytearray(8)), 0)
 
 
 def test_waiting_raises_what_a_reader_met():

@@ -16,7 +16,7 @@ from aotinductor import torch_private
 from aotinductor.build.compiler import compile_program, example_and_dim
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import compile_steps
-from aotinductor.start.constants import Constant
+from aotinductor.start.base_engine import Constant
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
 _CODE_ONLY = {"aot_inductor.package_constants_in_so": False}

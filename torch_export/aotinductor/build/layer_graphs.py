@@ -28,24 +28,9 @@ from aotinductor import torch_private
 from aotinductor.build.compiler import example_and_dim
 from aotinductor.cache import BLOCK_ROWS, CacheShape, state_shapes
 from aotinductor.lengths import Bounds
-from common.errors import UsageError
 
 # Blocks of work that the search for the largest logit is cut into: a GPU has 132 processors.
 ARGMAX_PARTS = 256
-# the parts of a layer that the programs model, in the order of their weights among the inputs
-PARTS = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -57,7 +42,7 @@ Run = Callable[[Tensors, "LayerKind"], None]
 class LayerKind:
     """What all decoder layers of a model have in common."""
 
-    weights: tuple[str, ...]  # names of a layer's weights, within it
+    weights: tuple[str, ...]  # names of a layer's tensors, within it
     head_dim: int
     scaling: float
     eps: float
@@ -76,22 +61,10 @@ class LayerKind:
 
 
 def describe_layers(causal_lm) -> LayerKind:
-    """Return the one kind of layer that the model has; raise UsageError, by name, if it hasn't."""
-    known = [f"{part}.{tensor}" for part in PARTS for tensor in ("weight", "bias")]
-    first, *others = [
-        {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
-        for layer in causal_lm.model.layers
-    ]
-    problem = None
-    if unknown := [name for name in first if name not in known]:
-        problem = f"{', '.join(unknown)} of a layer is not modelled"
-    elif different := [number for number, other in enumerate(others, 1) if other != first]:
-        problem = f"layer {different[0]} has other tensors or shapes than layer 0"
-    if problem:
-        raise UsageError(f"{problem}: build without --kv-cache, which compiles one layer for all")
+    """Return the one kind of layer that a model of these families has."""
     layer = causal_lm.model.layers[0]
     return LayerKind(
-        tuple(name for name in known if name in first),
+        tuple(name for name, _ in layer.named_parameters()),
         layer.self_attn.head_dim,
         layer.self_attn.scaling,
         layer.input_layernorm.variance_epsilon,

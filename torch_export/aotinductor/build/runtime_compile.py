@@ -17,13 +17,13 @@ from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
 from aotinductor.start.kv_engine import KvEngine
 from aotinductor.start.loading import (
+    Opening,
     Source,
     Wish,
     assemble,
     choose_library,
     make_state,
 )
-from aotinductor.start.opening import Opening
 from common.cli import Console, SamplingFlags
 from common.compiler.toolchain import prepare_toolchain, quieten
 from common.model.eager import load_model

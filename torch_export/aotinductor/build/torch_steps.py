@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aotinductor.native.compile import compile_steps
-from aotinductor.start.c_interface import open_library, open_libtorch
+from aotinductor.start.c_interface import DTYPES, open_library, open_libtorch
 from aotinductor.start.kv_engine import State
 from aotinductor.start.loading import EMBEDDING
 from aotinductor.start.memory import Memory
@@ -30,7 +30,7 @@ def torch_steps(
     A program is a function of its inputs' tensors, in order, and writes into them.
     """
     interface = open_libtorch(memory.device == "cuda")
-    dtypes = {interface.dtype_code(name): name for name in set(details["dtypes"].values())}
+    dtypes = {DTYPES[name]: name for name in set(details["dtypes"].values())}
     calls: Any = _Calls(list(functions.values()), dtypes, memory.device)
     # where a package's programs have addresses, these have numbers
     programs: Any = {

@@ -1,4 +1,5 @@
-// What a request's steps start from: rows of the embedding table, and the rotations of each slot.
+// What a request's steps start from: weights in the model's dtype, rows of the embedding table, and
+// the rotations of each slot.
 
 #include <cmath>
 #include <cstdint>
@@ -6,22 +7,47 @@
 
 #include "elements.h"
 
+namespace {
+
+constexpr int32_t kFloat64 = 7;  // torch's code; it is read, and written nowhere
+
+int64_t element_bytes(int32_t dtype) {
+  return dtype == kFloat64 ? 8 : dtype == llama::kFloat32 ? 4 : 2;
+}
+
+}  // namespace
+
+// Write `count` elements in another dtype, rounded to the nearest by way of float32 (torch's codes
+// of floating-point dtypes). One thread: the caller has as many as it likes.
+EXPORTED void llama_convert(const void* from, int32_t stored, void* to, int32_t wanted,
+                            int64_t count) {
+  constexpr int64_t kPiece = 2048;  // stays in a core's first cache
+  float piece[kPiece];
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t part = std::min(kPiece, count - begin);
+    const char* place = static_cast<const char*>(from) + begin * element_bytes(stored);
+    if (stored == kFloat64) {
+      std::copy_n(reinterpret_cast<const double*>(place), part, piece);
+    } else {
+      llama::load_floats(place, stored, 1, part, piece);
+    }
+    char* target = static_cast<char*>(to) + begin * element_bytes(wanted);
+    llama::store_floats(piece, part, target, wanted, 1);
+  }
+}
+
 // Write the rows of `count` tokens of a table, `width` elements each, one after the other.
 //
 // The table is stored as `stored`, the model computes with it as `model`, and the rows are wanted
-// as `wanted` (torch's codes of floating-point dtypes): each step rounds once.
+// as `wanted`: each step rounds once.
 EXPORTED void llama_rows(const void* table, int32_t stored, int32_t model, int32_t wanted,
-                               const int64_t* tokens, int64_t count, int64_t width, void* rows) {
-  const auto bytes = [](int32_t dtype) { return dtype == llama::kFloat32 ? 4 : 2; };
-  std::vector<float> row(width);
-  std::vector<uint8_t> rounded(width * bytes(model));
+                         const int64_t* tokens, int64_t count, int64_t width, void* rows) {
+  std::vector<char> rounded(width * element_bytes(model));
   for (int64_t i = 0; i < count; i++) {
-    const char* from = static_cast<const char*>(table) + tokens[i] * width * bytes(stored);
-    llama::load_floats(from, stored, 1, width, row.data());
-    llama::store_floats(row.data(), width, rounded.data(), model, 1);
-    llama::load_floats(rounded.data(), model, 1, width, row.data());
-    char* to = static_cast<char*>(rows) + i * width * bytes(wanted);
-    llama::store_floats(row.data(), width, to, wanted, 1);
+    const char* from = static_cast<const char*>(table) + tokens[i] * width * element_bytes(stored);
+    llama_convert(from, stored, rounded.data(), model, width);
+    char* to = static_cast<char*>(rows) + i * width * element_bytes(wanted);
+    llama_convert(rounded.data(), model, to, wanted, width);
   }
 }
 

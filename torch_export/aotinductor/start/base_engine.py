@@ -1,26 +1,24 @@
-"""Greedy generation with the base graph, `forward(input_ids, attention_mask) -> logits`.
+"""The base graph, `forward(input_ids, attention_mask) -> logits`: bound to its weights, and greedy.
 
 It has no state. Every new token costs a pass over all tokens before it, and in return one exported
 graph of two plain tensors is the whole model.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from aotinductor.start.c_interface import Interface, Program, new_handle
-from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_integers
-from common.model.weights import Tensor
+from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
+from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_bytes, write_integers
+from common.model.stored import Stored
+from common.model.weights import Tensor, convert, target_dtype
 
-
-class Forward(Protocol):
-    """The graph, called: by a package, or compiled at runtime."""
-
-    def __call__(self, ids: list[int], mask: list[int], rows: range) -> np.ndarray:
-        """Return the logits (rows, vocab) float32 of some rows, for ids and mask (padded,)."""
-        ...
+# The graph, called: (ids, mask, rows) -> the logits (rows, vocab) float32 of some rows, for ids and
+# mask (padded,). By a package, or compiled at runtime.
+Forward = Callable[[list[int], list[int], range], np.ndarray]
 
 
 class BaseProgram:
@@ -75,6 +73,10 @@ class BaseEngine:
         mask = [1] * length + pads
         return self._forward([*token_ids, *pads], mask, range(length - count, length))
 
+    def warm_up(self, tokens: int, capture: bool) -> None:
+        """Run what a request will, so that a GPU's kernels are there; nothing is captured."""
+        self.logits([0] * tokens)
+
     def tokens(
         self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()
     ) -> Iterator[int]:
@@ -85,3 +87,90 @@ class BaseEngine:
             yield ids[-1]
             if ids[-1] in stop_ids:
                 return
+
+
+# --- its weights, which are its constants: where each one lies, and how it is bound ---------------
+
+
+class Constant(NamedTuple):
+    """A tensor that the graph reads, as a row of the metadata has it.
+
+    `aliases` are further names of the same tensor (tied weights): a checkpoint may use any of them.
+    `values` holds the tensor where no checkpoint does (rope frequencies), and `offset` says where
+    its bytes begin in a package that holds the weights.
+    """
+
+    name: str
+    shape: Sequence[int]
+    dtype: str
+    aliases: Sequence[str] = ()
+    values: Sequence[float] | None = None
+    offset: int | None = None
+
+
+def read_constants(
+    details: dict[str, Any], memory: Memory
+) -> tuple[list[Constant], dict[str, Tensor]]:
+    """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
+    rows = [Constant(**fields) for fields in details["constants"]]
+    values = {}
+    for row in rows:
+        if row.values is not None:
+            array = np.array(row.values, np.float64).reshape(row.shape)
+            held = np.ascontiguousarray(convert(array, "float64", row.dtype)).tobytes()
+            place = values[row.name] = memory.zeros(array.shape, row.dtype)
+            write_bytes(memory, place, held)
+    return [row for row in rows if row.name not in values], values
+
+
+def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
+    """Return where a package with embedded weights holds each constant."""
+    return {row.name: Stored(path, row.dtype, tuple(row.shape), row.offset) for row in constants}
+
+
+def find_in_checkpoint(
+    constants: Iterable[Constant], stored: Mapping[str, Stored], dtype: str | None
+) -> dict[str, Stored]:
+    """Return what to read for each constant; `dtype` is what it is cast to.
+
+    Raises ValueError naming the tensors that are missing, or of another shape or dtype.
+    """
+    plan, wrong = {}, []
+    for row in constants:
+        found = next((stored[name] for name in (row.name, *row.aliases) if name in stored), None)
+        if found is None:
+            wrong.append(f"missing {row.name}")
+        elif list(found.shape) != list(row.shape):
+            wrong.append(f"{row.name} has shape {list(found.shape)}, not {list(row.shape)}")
+        elif target_dtype(found, dtype) != row.dtype:
+            wrong.append(f"{row.name} is {found.dtype}, not {row.dtype}")
+        else:
+            plan[row.name] = found
+    if wrong:
+        raise ValueError(
+            f"the checkpoint does not fit the package ({len(wrong)} tensors): "
+            f"{'; '.join(wrong[:8])}. Rebuild the package for it"
+        )
+    return plan
+
+
+def bind(
+    program: Program, steps: ctypes.CDLL, interface: Interface, device: str,
+    tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Have the program read `tensors`, by the checkpoint's names, where they are.
+
+    They may get their bytes later. Raises KeyError if it needs one that is not given.
+    """
+    names, handles = [], []
+    for own_name, name in program.constants():
+        names.append(own_name)
+        handles.append(new_handle(interface, device, tensors[name]).value)
+    update = address_of(program.library, "AOTInductorModelContainerUpdateUserManagedConstantBuffer")
+    count = len(names)
+    status = steps.llama_bind(
+        update, program.handle, (ctypes.c_char_p * count)(*names),
+        (ctypes.c_void_p * count)(*handles), ctypes.c_int64(count),
+    )  # fmt: skip
+    if status:
+        raise ValueError(f"its weights cannot be bound: code {status}")

@@ -5,7 +5,7 @@ libtorch, or the runtime library that a package carries, which has those functio
 
     interface = open_runtime(path)             or open_libtorch(with_cuda=False)
     program = Program(path_of_a_library, interface, "cpu")
-    step = Step(steps_library, interface, "cpu", [(program, [operand, ...]), ...])
+    step = Step(steps_library, interface, "cpu", [(program, [operand(tensor), ...]), ...])
     step.run()
 
 The names are those of torch/csrc/inductor/aoti_torch/c/shim.h and aoti_runtime/interface.h, read in
@@ -18,11 +18,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import machine
 from common.errors import ArtifactDamagedError, EnvironmentProblemError
-from common.model.weights import Tensor
+from common.model.weights import Convert, Tensor
 
 _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 # what a library was linked with comes before what the process has made global: another package may
@@ -30,20 +30,11 @@ _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 _OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
 # what the dynamic loader says of a file that is at fault itself, not what it needs
 _NO_LIBRARY = ("ELF", "file too short", "cannot read file data", "undefined symbol")
+# torch's codes (c10/core/ScalarType.h, DeviceType.h), which the runtime library has too
+DTYPES = {"int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15}
+DEVICES = {"cpu": 0, "cuda": 1}
 _LIBTORCH = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
 _LIBTORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
-
-
-class _Tensor(ctypes.Structure):
-    """One operand of a call, as libllama_steps.so reads it."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dims", ctypes.c_int64),
-        ("sizes", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("dtype", ctypes.c_int32),
-    )
 
 
 class Shape:
@@ -59,11 +50,24 @@ class Shape:
             self.strides[at] = math.prod(sizes[at + 1 :])
 
 
-class Operand(NamedTuple):
-    """A tensor in a call; `shape` may be shared, and less than the whole tensor."""
+class Operand(ctypes.Structure):
+    """One tensor of a call, as libllama_steps.so reads it."""
 
-    tensor: Tensor
-    shape: Shape
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dims", ctypes.c_int64),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def operand(tensor: Tensor, shape: Shape | None = None) -> Operand:
+    """Return the tensor in a call; `shape` may be shared, and less than the whole tensor's."""
+    shape = shape or Shape(tensor.shape)
+    return Operand(
+        tensor.address, len(shape.sizes), shape.sizes, shape.strides, DTYPES[tensor.dtype]
+    )
 
 
 class Interface:
@@ -73,15 +77,6 @@ class Interface:
         self.name, self.library = name, library
         self.create = address_of(library, "aoti_torch_create_tensor_from_blob_v2")
         self.drop = address_of(library, "aoti_torch_delete_tensor_object")
-        self._dtypes: dict[str, int] = {}
-
-    def dtype_code(self, dtype: str) -> int:
-        if dtype not in self._dtypes:
-            self._dtypes[dtype] = getattr(self.library, f"aoti_torch_dtype_{dtype}")()
-        return self._dtypes[dtype]
-
-    def device_type(self, device: str) -> int:
-        return getattr(self.library, f"aoti_torch_device_type_{device}")()
 
     def data_pointer(self, handle: ctypes.c_void_p) -> int:
         found = ctypes.c_void_p()
@@ -141,6 +136,18 @@ def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
         raise EnvironmentProblemError(f"cannot open a library: {error}") from error
 
 
+def converter(steps: ctypes.CDLL) -> Convert:
+    """Return what converts weights with a package's own code; it lets go of the GIL."""
+
+    def convert(source: int, dtype: str, place: int, wanted: str, count: int) -> None:
+        steps.llama_convert(
+            ctypes.c_void_p(source), DTYPES[dtype], ctypes.c_void_p(place), DTYPES[wanted],
+            ctypes.c_int64(count),
+        )  # fmt: skip
+
+    return convert
+
+
 class Program:
     """One compiled program, opened. Its weights are inputs, unless it has constants."""
 
@@ -178,29 +185,24 @@ class Program:
 
 
 class Step:
-    """Calls of programs in their order, made as one native call."""
+    """Calls of programs in their order, made as one native call; the tensors stay the caller's."""
 
     def __init__(
-        self,
-        steps: ctypes.CDLL,
-        interface: Interface,
-        device: str,
+        self, steps: ctypes.CDLL, interface: Interface, device: str,
         calls: Sequence[tuple[Program, Sequence[Operand]]],
-    ):
-        count = len(calls)
-        self.calls = calls
-        self._kept = ([_described(one, interface) for _, inputs in calls for one in inputs],)
-        pointers = [ctypes.pointer(one) for one in self._kept[0]]
+    ):  # fmt: skip
+        count, self.calls = len(calls), calls
+        pointers = [ctypes.pointer(one) for _, inputs in calls for one in inputs]
         self._arguments: tuple[Any, ...] = (
             interface.create,
             interface.drop,
-            ctypes.c_int32(interface.device_type(device)),
+            ctypes.c_int32(DEVICES[device]),
             ctypes.c_int32(0),
             ctypes.c_int64(count),
             (ctypes.c_void_p * count)(*[program.handle.value for program, _ in calls]),
             (ctypes.c_void_p * count)(*[program.run.value for program, _ in calls]),
             (ctypes.c_int64 * count)(*[len(inputs) for _, inputs in calls]),
-            (ctypes.POINTER(_Tensor) * len(pointers))(*pointers),
+            (ctypes.POINTER(Operand) * len(pointers))(*pointers),
         )
         self._run: Callable[..., int] = steps.llama_step
 
@@ -213,19 +215,13 @@ class Step:
             )
 
 
-def _described(operand: Operand, interface: Interface) -> _Tensor:
-    shape, tensor = operand.shape, operand.tensor
-    code = interface.dtype_code(tensor.dtype)
-    return _Tensor(tensor.address, len(shape.sizes), shape.sizes, shape.strides, code)
-
-
 def new_handle(interface: Interface, device: str, tensor: Tensor) -> ctypes.c_void_p:
     """Return a handle over the tensor's memory; a run steals it, and a binding keeps it."""
     shape, handle = Shape(tensor.shape), ctypes.c_void_p()
     interface.library.aoti_torch_create_tensor_from_blob_v2(
         ctypes.c_void_p(tensor.address), ctypes.c_int64(len(tensor.shape)), shape.sizes,
-        shape.strides, ctypes.c_int64(0), ctypes.c_int32(interface.dtype_code(tensor.dtype)),
-        ctypes.c_int32(interface.device_type(device)), ctypes.c_int32(0), ctypes.byref(handle),
+        shape.strides, ctypes.c_int64(0), ctypes.c_int32(DTYPES[tensor.dtype]),
+        ctypes.c_int32(DEVICES[device]), ctypes.c_int32(0), ctypes.byref(handle),
         ctypes.c_int32(interface.library.aoti_torch_layout_strided()), None, ctypes.c_int64(0),
     )  # fmt: skip
     return handle

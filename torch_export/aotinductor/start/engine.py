@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from aotinductor.lengths import Plan
 from aotinductor.start.kv_engine import KvEngine
-from common.errors import UsageError
 from common.model.target import Target
 from common.model.tokenizer import TextCodec, TextStream
 
@@ -53,14 +52,10 @@ class Engine:
         stop_ids: Sequence[int] | None = None, temperature: float = 0.0, **limits: Any,
     ) -> Iterator[int]:  # fmt: skip
         """Yield what `generate` returns, each id as it arrives."""
-        self.plan.check_request(len(prompt), max_new_tokens)
+        self.plan.check_request(len(prompt), max_new_tokens, temperature)
+        self.codec.check_ids(prompt)
         stops = self.target.checkpoint.eos_token_ids if stop_ids is None else stop_ids
         if not isinstance(self.generator, KvEngine):
-            if temperature:
-                raise UsageError(
-                    "--temperature samples from a package with a KV cache, the base graph is "
-                    "greedy: build one with ./build.sh --kv-cache, or leave --temperature out"
-                )
             yield from self.generator.tokens(prompt, max_new_tokens, stops)
             return
         sampler = None

@@ -6,7 +6,7 @@ only.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from aotinductor.cache import CacheShape, state_shapes
 from aotinductor.start.memory import Memory, read_floats, read_integer, write_integers
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from aotinductor.start.sampling import Sampler
+    from aotinductor.start.steps import PackageSteps
 
 # On CUDA, how far the host may run ahead of the tokens it has seen: enough to hide a launch, few to
 # throw away.
@@ -54,25 +55,10 @@ class State(NamedTuple):
         return cls(**single, keys=keys, values=values)
 
 
-class Steps(Protocol):
-    """Whole steps over a `State`: a package's programs, or graphs compiled at runtime."""
-
-    takes_prompts: bool  # else a prompt goes through decode, token by token
-
-    def embed(self, token_ids: Sequence[int], name: str) -> None:
-        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
-
-    def prefill(self, length: int, padded: int) -> None:
-        """Run the prompt's rows, so many true ones, and choose its first new token."""
-
-    def decode(self, rows: int) -> None:
-        """Run one token, over so many rows of the tables."""
-
-
 class KvEngine:
     """Owns the cache and the step state of one sequence at a time, on one device."""
 
-    def __init__(self, steps: Steps, state: State, cache: CacheShape, memory: Memory):
+    def __init__(self, steps: "PackageSteps", state: State, cache: CacheShape, memory: Memory):
         self.steps, self.state, self.cache, self.memory = steps, state, cache, memory
         self.on_cuda = memory.device == "cuda"
         self._graph: cuda.Graph | None = None
@@ -103,6 +89,14 @@ class KvEngine:
             self.steps.decode(self.cache.rows)
         self._graph = graph
         self.reset()
+
+    def warm_up(self, tokens: int, capture: bool) -> None:
+        """Run on the GPU what a request will, so that kernels are there; leave no trace of it."""
+        self.prefill([0] * tokens, tokens)
+        if capture:
+            self.capture()
+        self.reset()
+        self.memory.stream.wait()
 
     def prefill(self, prompt: Sequence[int], padded: int) -> None:
         """Fill the cache with the prompt's tokens, and leave the first new one in `token`.

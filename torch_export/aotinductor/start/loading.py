@@ -14,6 +14,7 @@ from aotinductor.flags import APPROACH
 from aotinductor.lengths import Plan
 from aotinductor.recipe import find_differences
 from aotinductor.start import c_interface
+from aotinductor.start.engine import Engine
 from aotinductor.start.kv_engine import KvEngine, State
 from aotinductor.start.memory import Memory, make_memory
 from aotinductor.start.package import OPENMP, RUNTIME, STEPS, WEIGHTS, Package
@@ -21,22 +22,19 @@ from aotinductor.start.steps import DECODE, PackageSteps, names_of_weights
 from common import machine
 from common.artifact.disk import ArtifactPair, TrustFlags, open_verified
 from common.artifact.manifest import describe, differences, raise_if_different
-from common.cli import Console
-from common.errors import (
-    ArtifactDamagedError,
-    ArtifactMismatchError,
-    UsageError,
-)
+from common.cli import Console, SharedFlags
+from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError, first_line
 from common.model import weights
 from common.model.stored import Stored, read_header
-from common.model.target import Target
-from common.model.weights import Upload
+from common.model.target import Target, choose_target
+from common.model.tokenizer import TextCodec, load_codec
 
 if TYPE_CHECKING:
     from aotinductor.start.base_engine import BaseEngine
 
 RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
+CloseStage = Callable[[str], None]  # called with the name of each stage when it has ended
 
 
 class Wish(NamedTuple):
@@ -49,50 +47,73 @@ class Wish(NamedTuple):
     warm_up_tokens: int = 8  # padded length of the prompt that a GPU is warmed up with
 
 
-def load_engine(
-    wish: Wish, target: Target, plan: Plan, close_stage: Callable[[str], None], console: Console
-) -> "tuple[KvEngine | BaseEngine, dict[str, Any]]":
-    """Check the package against this start, then load it; any doubt is an error of its own kind.
+class Opening(NamedTuple):
+    """A start whose model, device and lengths are known: prompts can be made and checked."""
 
-    Returns what generates, and what a result tells of the package. `close_stage` is called with
-    the name of each stage when it has ended.
-    """
-    pair = wish.pair
-    with open_verified(pair, APPROACH, wish.trust, console) as verified:
-        built = verified.manifest
-        library = choose_library(wish.library, built.details)
-        if library == LIBTORCH:
-            c_interface.find_torch()
-        raise_if_different(pair.path, find_differences(built, target, library))
-        for difference in differences(built.environment, machine.gpu_environment(), ("driver",)):
-            console.warn(f"{describe([difference])}: usually harmless")
-        if built != plan.manifest:
-            problem = f"{pair.path} was replaced since this start: try again"
-            raise ArtifactMismatchError(problem)
-        try:
-            path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
-            source = Source(verified.file, path, built.details, embedded)
-            if built.recipe["kv_cache"] != source.is_kv:
-                raise ValueError("its metadata's recipe and details are of different graphs")
-            engine = assemble(wish, target, plan, library, source, close_stage)
-        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            text = next((line for line in str(error).splitlines() if line.strip()), "no message")
-            if isinstance(error, KeyError | TypeError | AttributeError):
-                text = f"its metadata does not describe it: {text}"
-            raise ArtifactDamagedError(
-                f"{pair.path} cannot be loaded ({text}): build it with ./build.sh"
-            ) from error
-    recipe, file = built.recipe, built.file
-    built_from = f"{built.model['id']} (in the package)"
-    return engine, {
-        "name": pair.path.name,
-        "sha256": file["sha256"],
-        "bytes": file["bytes"],
-        "verify_seconds": verified.verify_seconds,
-        "kv_cache": recipe["kv_cache"],
-        "library": library,
-        "weights_of": built_from if recipe["embed_weights"] else target.checkpoint.model_id,
-    }
+    wish: Wish
+    target: Target
+    plan: Plan
+    codec: TextCodec
+
+    def warmed_up_with(self, padded_tokens: int) -> "Opening":
+        """Return the same for a first prompt of this length."""
+        return self._replace(wish=self.wish._replace(warm_up_tokens=padded_tokens))
+
+    def load(self, console: Console, close_stage: CloseStage = lambda name: None) -> Engine:
+        """Check the package against this start, load it, and bring the weights to the device.
+
+        Any doubt is an error of its own kind.
+        """
+        pair, target, plan = self.wish.pair, self.target, self.plan
+        with open_verified(pair, APPROACH, self.wish.trust, console) as verified:
+            built = verified.manifest
+            library = choose_library(self.wish.library, built.details)
+            if library == LIBTORCH:
+                c_interface.find_torch()
+            raise_if_different(pair.path, find_differences(built, target, library))
+            for difference in differences(
+                built.environment, machine.gpu_environment(), ("driver",)
+            ):
+                console.warn(f"{describe([difference])}: usually harmless")
+            if built != plan.manifest:
+                problem = f"{pair.path} was replaced since this start: try again"
+                raise ArtifactMismatchError(problem)
+            try:
+                path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
+                source = Source(verified.file, path, built.details, embedded)
+                if built.recipe["kv_cache"] != source.is_kv:
+                    raise ValueError("its metadata's recipe and details are of different graphs")
+                made = assemble(self.wish, target, plan, library, source, close_stage)
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                text = first_line(error)
+                if isinstance(error, KeyError | TypeError | AttributeError):
+                    text = f"its metadata does not describe it: {text}"
+                raise ArtifactDamagedError(
+                    f"{pair.path} cannot be loaded ({text}): build it with ./build.sh"
+                ) from error
+        built_from = f"{built.model['id']} (in the package)"
+        artifact = {
+            "name": pair.path.name,
+            "sha256": built.file["sha256"],
+            "bytes": built.file["bytes"],
+            "verify_seconds": verified.verify_seconds,
+            "kv_cache": built.recipe["kv_cache"],
+            "library": library,
+            "weights_of": built_from if embedded else target.checkpoint.model_id,
+        }
+        return Engine(made, target, plan, self.codec, artifact)
+
+
+def make_opening(
+    pair: ArtifactPair, shared: SharedFlags, trust: TrustFlags, plan: Plan, console: Console
+) -> Opening:
+    """Return an opening by a plan, with a package or without; without a model, of its own."""
+    if not shared.model_id and plan.manifest:
+        shared = shared.changed(model_id=plan.manifest.model["id"])
+    target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
+    if target.device == "cpu" and plan.checkpoint and not plan.built.get("embed_weights"):
+        weights.map_pages(target.checkpoint.stored.values())  # while the tokenizer is made
+    return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))
 
 
 def make_state(details: dict[str, Any], cache: CacheShape, target: Target) -> tuple[State, Memory]:
@@ -138,144 +159,123 @@ class Source(NamedTuple):
 
 
 def assemble(
-    wish: Wish, target: Target, plan: Plan, library: str, source: Source,
-    close_stage: Callable[[str], None],
-) -> "KvEngine | BaseEngine":  # fmt: skip
+    wish: Wish, target: Target, plan: Plan, library: str, source: Source, close_stage: CloseStage
+) -> "KvEngine | BaseEngine":
     """Open the package, and return what generates with it over its weights."""
-    details = source.details
-    package = Package(source.file, details["programs" if source.is_kv else "graphs"])
-    assembly = _Assembly(wish, target, plan, library, source, package, close_stage)
-    return assembly.kv_engine(details) if source.is_kv else assembly.base_engine(details)
+    kind = "programs" if source.is_kv else "graphs"
+    code = _Code(Package(source.file, source.details[kind]), library, target.device)
+    assemble_kind = _assemble_kv if source.is_kv else _assemble_base
+    engine, upload = assemble_kind(target, plan, source, code)
+    close_stage("artifact")
+    if target.device == "cuda":
+        engine.warm_up(wish.warm_up_tokens, wish.cuda_graph is not False)
+        close_stage("capture")
+    upload.wait()
+    close_stage("weights")
+    code.close()
+    return engine
 
 
-class _Assembly:
-    """What the steps of one load share."""
+class _Code:
+    """A package's libraries and programs, opened one after the other."""
 
-    def __init__(self, wish, target, plan, library, source, package, close_stage):
-        self.wish: Wish = wish
-        self.target: Target = target
-        self.plan: Plan = plan
-        self.library: str = library
-        self.source: Source = source
-        self.package: Package = package
-        self.close_stage: Callable[[str], None] = close_stage
+    def __init__(self, package: Package, library: str, device: str):
+        self.package, self.library, self.device = package, library, device
+        machine.spin_less()  # OpenMP reads it when it is loaded
+        self.steps = c_interface.open_library(package.library(STEPS))
+        self.steps.llama_step.restype = ctypes.c_int32
+        self.convert = c_interface.converter(self.steps)
+        self._kernels = package.unpack_kernels() if device == "cuda" else None
 
-    def kv_engine(self, details: dict[str, Any]) -> KvEngine:
-        checkpoint, device, dtype = self.target.checkpoint, self.target.device, self.target.dtype
-        programs, cache = details["programs"], CacheShape(**details["cache"])
-        stored = self._stored_tensors()
-        names = names_of_weights(programs, checkpoint.layers)
-        if missing := [name for name in (*names, EMBEDDING) if name not in stored]:
-            raise ArtifactMismatchError(
-                f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
-            )
-        upload = weights.start_upload({name: stored[name] for name in names}, device, dtype)
-        state, memory = make_state(details, cache, self.target)
-        lacks = details["runtime"]["lacks"] if self.library == RUNTIME_LIBRARY else {}
-        # what is called in vain is not opened: without prefill a prompt goes through decode
-        opened, kernels = self._open([name for name in programs if not lacks.get(name)])
-        steps = PackageSteps(opened, programs, upload.tensors, state, memory, self._libraries)
-        steps.rotate_with(**details["rope"])
-        # rows of it are looked up on the host, also where the table itself is on a GPU
-        on_host = upload.tensors if device == "cpu" else None
-        table = on_host[EMBEDDING] if on_host else weights.map_tensor(stored[EMBEDDING])
-        steps.embed_with(table, dtype)
-        engine = KvEngine(steps, state, cache, memory)
-        self.close_stage("artifact")
-        if device == "cuda":
-            # what a request will run, so that kernels are there; no trace of it is left
-            tokens = self.wish.warm_up_tokens
-            engine.prefill([0] * tokens, tokens)
-            if self.wish.cuda_graph is not False:
-                engine.capture()
-            engine.reset()
-            memory.stream.wait()
-            self.close_stage("capture")
-        return self._finish(engine, upload, kernels)
-
-    def base_engine(self, details: dict[str, Any]) -> "BaseEngine":
-        # imported here: they bring numpy, which a start of a KV cache goes without
-        from aotinductor.start import constants
-        from aotinductor.start.base_engine import BaseEngine, BaseProgram
-
-        device, dtype = self.target.device, self.target.dtype
-        longest, vocab = self.plan.bounds.max_seq_len, details["vocab_size"]
-        memory = make_memory(device, max(8 * longest, 4 * vocab))
-        rows, values = constants.read_constants(details, memory)
-        if self.source.embedded:
-            stored = constants.find_in_package(rows, self.source.path)
-        else:
-            try:
-                stored = constants.find_in_checkpoint(rows, self._stored_tensors(), dtype)
-            except ValueError as error:
-                raise ArtifactMismatchError(f"{self.target.checkpoint.folder}: {error}") from error
-        upload = weights.start_upload(stored, device, dtype)
-        tensors = upload.tensors | values
-        opened, kernels = self._open(details["graphs"])
-        (program,) = opened.values()
-        steps, interface = self._libraries
-        constants.bind(program, steps, interface, device, tensors)
-        program.kept = tensors  # bound without a copy
-        forward = BaseProgram(program, interface, memory, longest, vocab, dtype)
-        engine = BaseEngine(forward, self.plan.padded)
-        self.close_stage("artifact")
-        if device == "cuda":
-            engine.logits([0] * self.wish.warm_up_tokens)
-            self.close_stage("capture")
-        return self._finish(engine, upload, kernels)
-
-    def _stored_tensors(self) -> Mapping[str, Stored]:
-        """Return where each tensor lies: in the package, or in the checkpoint."""
-        if self.package.has(WEIGHTS):
-            begin = self.package.offset_of(WEIGHTS)
-            return read_header(self.source.path, begin)
-        self.target.checkpoint.require_weights()
-        return self.target.checkpoint.stored
-
-    def _open(self, programs: list[str]):
-        """Open the libraries and the programs; return those, and where their kernels lie."""
-        machine.spin_less()  # libgomp reads it when it is loaded
-        device = self.target.device
-        if self.library == LIBTORCH:
-            whole = not self.package.has(RUNTIME)
-            interface = c_interface.open_libtorch(device == "cuda", whole)
-            if self.package.has(RUNTIME):  # which the programs name; libtorch comes before it
-                c_interface.open_library(self.package.library(RUNTIME))
-        else:
-            if device == "cuda":
-                machine.cuda.runtime()  # whose functions the library calls
-            self._open_openmp()
-            interface = c_interface.open_runtime(self.package.library(RUNTIME))
-        steps = c_interface.open_library(self.package.library(STEPS))
-        steps.llama_step.restype = ctypes.c_int32
-        self._libraries = (steps, interface)
-        kernels = self.package.unpack_kernels() if device == "cuda" else None
-        opened = {}
+    def open(self, programs: list[str]) -> dict[str, c_interface.Program]:
+        """Open what is behind the calls of the programs, and these."""
+        package, opened = self.package, {}
+        self.interface = self._open_interface()
         for name in programs:
-            cubins = Path(kernels.name, name) if kernels else None
-            path = self.package.program(name, self.library)
-            opened[name] = c_interface.Program(path, interface, device, cubins)
-        return opened, kernels
+            cubins = Path(self._kernels.name, name) if self._kernels else None
+            path = package.program(name, self.library)
+            opened[name] = c_interface.Program(path, self.interface, self.device, cubins)
+        return opened
 
-    def _open_openmp(self) -> None:
-        """Open libgomp by its name; the package's own where the system has none."""
+    def _open_interface(self) -> c_interface.Interface:
+        package, on_cuda = self.package, self.device == "cuda"
+        if self.library == LIBTORCH:
+            whole = not package.has(RUNTIME)
+            interface = c_interface.open_libtorch(on_cuda, whole)
+            if not whole:  # the programs name it; libtorch comes before it
+                c_interface.open_library(package.library(RUNTIME))
+            return interface
+        if on_cuda:
+            machine.cuda.runtime()  # whose functions the library calls
         try:
             ctypes.CDLL(Path(OPENMP).name)
-        except OSError:
-            c_interface.open_library(self.package.library(OPENMP))
+        except OSError:  # the system has none
+            c_interface.open_library(package.library(OPENMP))
+        return c_interface.open_runtime(package.library(RUNTIME))
 
-    def _finish(self, engine, upload: Upload, kernels):
-        upload.wait()
-        self.close_stage("weights")
-        if kernels:
-            kernels.cleanup()  # all of them have been loaded
-        return engine
+    def close(self) -> None:
+        """Remove the kernels' files, all of which have been loaded."""
+        if self._kernels:
+            self._kernels.cleanup()
 
 
-def require_gpu_for_graph(wanted: bool | None, device: str, slots: int | None) -> None:
-    """Raise UsageError if a captured decode is asked for where there is none."""
-    if wanted and (device != "cuda" or slots is None):
-        raise UsageError(
-            "--cuda-graph captures the decode step of a package with a KV cache on a CUDA GPU: "
-            f"this is {'the base graph' if slots is None else 'a CPU'}"
+def _assemble_kv(
+    target: Target, plan: Plan, source: Source, code: _Code
+) -> tuple[KvEngine, weights.Upload]:
+    checkpoint, details = target.checkpoint, source.details
+    programs, cache = details["programs"], CacheShape(**details["cache"])
+    stored = _stored_tensors(target, source, code.package)
+    names = names_of_weights(programs, checkpoint.layers)
+    if missing := [name for name in (*names, EMBEDDING) if name not in stored]:
+        raise ArtifactMismatchError(
+            f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
         )
+    read = {name: stored[name] for name in names}
+    upload = weights.start_upload(read, target.device, target.dtype, convert=code.convert)
+    state, memory = make_state(details, cache, target)
+    lacks = details["runtime"]["lacks"] if code.library == RUNTIME_LIBRARY else {}
+    # what is called in vain is not opened: without prefill a prompt goes through decode
+    opened = code.open([name for name in programs if not lacks.get(name)])
+    libraries = (code.steps, code.interface)
+    steps = PackageSteps(opened, programs, upload.tensors, state, memory, libraries)
+    steps.rotate_with(**details["rope"])
+    # rows of it are looked up on the host, also where the table itself is on a GPU
+    on_host = upload.tensors if target.device == "cpu" else None
+    table = on_host[EMBEDDING] if on_host else weights.map_tensor(stored[EMBEDDING])
+    steps.embed_with(table, target.dtype)
+    return KvEngine(steps, state, cache, memory), upload
+
+
+def _assemble_base(
+    target: Target, plan: Plan, source: Source, code: _Code
+) -> "tuple[BaseEngine, weights.Upload]":
+    # imported here: it brings numpy, which a start of a KV cache goes without
+    from aotinductor.start import base_engine as base
+
+    device, details = target.device, source.details
+    longest, vocab = plan.bounds.max_seq_len, details["vocab_size"]
+    memory = make_memory(device, max(8 * longest, 4 * vocab))
+    rows, values = base.read_constants(details, memory)
+    if source.embedded:
+        stored = base.find_in_package(rows, source.path)
+    else:
+        try:
+            found = _stored_tensors(target, source, code.package)
+            stored = base.find_in_checkpoint(rows, found, target.dtype)
+        except ValueError as error:
+            raise ArtifactMismatchError(f"{target.checkpoint.folder}: {error}") from error
+    upload = weights.start_upload(stored, device, target.dtype, convert=code.convert)
+    tensors = upload.tensors | values
+    (program,) = code.open(details["graphs"]).values()
+    base.bind(program, code.steps, code.interface, device, tensors)
+    program.kept = tensors  # bound without a copy
+    forward = base.BaseProgram(program, code.interface, memory, longest, vocab, target.dtype)
+    return base.BaseEngine(forward, plan.padded), upload
+
+
+def _stored_tensors(target: Target, source: Source, package: Package) -> Mapping[str, Stored]:
+    """Return where each tensor lies: in the package, or in the checkpoint."""
+    if package.has(WEIGHTS):
+        return read_header(source.path, package.offset_of(WEIGHTS))
+    target.checkpoint.require_weights()
+    return target.checkpoint.stored

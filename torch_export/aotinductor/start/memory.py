@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 from common import cuda
 from common.model.stored import item_bytes
@@ -74,11 +75,15 @@ def make_memory(device: str, largest_bytes: int) -> Memory:
     return GpuMemory(largest_bytes) if device == "cuda" else HostMemory()
 
 
+def write_bytes(memory: Memory, tensor: Tensor, content: Any) -> None:
+    """Write what ctypes takes for bytes to the beginning of a tensor."""
+    nbytes = len(memoryview(content).cast("B"))
+    memory.fill(tensor, nbytes, lambda address: ctypes.memmove(address, content, nbytes))
+
+
 def write_integers(memory: Memory, tensor: Tensor, values: list[int]) -> None:
     """Write int64 values to the beginning of a tensor."""
-    array = (ctypes.c_int64 * len(values))(*values)
-    nbytes = ctypes.sizeof(array)
-    memory.fill(tensor, nbytes, lambda address: _copy(address, array, nbytes))
+    write_bytes(memory, tensor, (ctypes.c_int64 * len(values))(*values))
 
 
 def read_integer(memory: Memory, tensor: Tensor) -> int:
@@ -101,7 +106,3 @@ def read_floats(memory: Memory, tensor: Tensor, first: int, rows: int):
     )
     values = np.frombuffer(raw, numpy_dtype(tensor.dtype)).reshape(rows, width)
     return convert(values, tensor.dtype, "float32")
-
-
-def _copy(address: int, source, nbytes: int) -> None:
-    ctypes.memmove(address, source, nbytes)

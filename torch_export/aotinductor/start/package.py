@@ -9,13 +9,15 @@ STEM/weights/model.safetensors             weights, where a KV package holds the
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from common.errors import EnvironmentProblemError
+
+if TYPE_CHECKING:
+    import tempfile
 
 STEPS, RUNTIME = "native/libllama_steps.so", "native/libllama_runtime.so"
 OPENMP = "native/libgomp.so.1"
@@ -97,6 +99,8 @@ class Package:
 
     def unpack_kernels(self) -> "tempfile.TemporaryDirectory[str]":
         """Return a folder with one per program of its CUDA kernels: data, which only CUDA reads."""
+        import tempfile
+
         try:
             folder = tempfile.TemporaryDirectory(prefix="llama-kernels-")
             for program, library in self._libraries.items():

@@ -3,11 +3,11 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from aotinductor.start.c_interface import Interface, Operand, Program, Shape, Step
+from aotinductor.start.c_interface import DTYPES, Interface, Program, Shape, Step, operand
 from aotinductor.start.kv_engine import State
 from aotinductor.start.memory import GpuMemory, Memory, write_integers
 from common.model.stored import item_bytes
-from common.model.weights import Tensor, converted
+from common.model.weights import Tensor
 
 PREFILL, DECODE = "prefill_layer", ("decode_layer", "head")
 
@@ -36,12 +36,12 @@ class PackageSteps:
     ):  # fmt: skip
         """`inputs` as for `names_of_weights`; `libraries`: libllama_steps.so, and what it calls."""
         self._stream = memory.stream.handle if isinstance(memory, GpuMemory) else None
-        self._state, self._memory = state, memory
-        self._library, self._interface = libraries
+        self._state, self._memory, self._weights = state, memory, weights  # calls have addresses
+        self._library = libraries[0]
         self._hidden, self._tables = Shape(state.hidden.shape), Shape(state.keys[0].shape)
         self._width, self._rows = state.keys[0].shape[1], state.keys[0].shape[0]
         shapes = {id(state.hidden): self._hidden}
-        operands = {name: _operand(tensor) for name, tensor in weights.items()}
+        operands = {name: operand(tensor) for name, tensor in weights.items()}
 
         def step(layer_program: str, head: Sequence[str], tables: Shape) -> Step:
             order = [(layer_program, layer) for layer in range(len(state.keys))]
@@ -50,12 +50,12 @@ class PackageSteps:
                 own = []
                 for name in inputs[program]:
                     if name in ("keys", "values"):
-                        own.append(Operand(getattr(state, name)[layer], tables))
+                        own.append(operand(getattr(state, name)[layer], tables))
                     elif "." in name:
                         own.append(operands[name.format(layer=layer)])
                     else:
                         tensor = getattr(state, name)
-                        own.append(Operand(tensor, shapes.get(id(tensor)) or Shape(tensor.shape)))
+                        own.append(operand(tensor, shapes.get(id(tensor))))
                 made.append((programs[program], own))
             return Step(*libraries, memory.device, made)
 
@@ -80,8 +80,6 @@ class PackageSteps:
 
     def embed_with(self, table: Tensor, dtype: str) -> None:
         """Take embeddings from this table of the host; `dtype` is the model's, which they have."""
-        if table.dtype == "float64":
-            table = converted(table, dtype)
         self._table, self._dtype = table, dtype
 
     def embed(self, token_ids: Sequence[int], name: str) -> None:
@@ -90,7 +88,7 @@ class PackageSteps:
 
     def _copy_rows(self, table: Tensor, dtype: str, rows: Sequence[int], place: Tensor) -> None:
         """Put rows of a table of the host to the beginning of `place`, rounded to `dtype` first."""
-        dtypes = [self._interface.dtype_code(d) for d in (table.dtype, dtype, place.dtype)]
+        dtypes = [DTYPES[d] for d in (table.dtype, dtype, place.dtype)]
         count, width = len(rows), table.shape[1]
         ids = (ctypes.c_int64 * count)(*rows)
 
@@ -122,7 +120,3 @@ class PackageSteps:
             self._tables.set((rows, self._width))
             self._rows = rows
         self._decode.run(self._stream)
-
-
-def _operand(tensor: Tensor) -> Operand:
-    return Operand(tensor, Shape(tensor.shape))

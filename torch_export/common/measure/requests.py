@@ -59,7 +59,8 @@ def serve_requests(
         "approach": approach,
         "mode": mode,
         "command": [sys.executable, *sys.argv],
-        "environment": environment(),
+        # asks git and a dozen files: for who keeps the result
+        "environment": environment() if settings.shared.json else {},
         "config": config_of(settings),
         "metrics": measures.run_metrics(requests, setup_seconds, stages.elapsed()),
         "decode": _decode_rates(target, len(prompts[0]), requests),
@@ -114,7 +115,7 @@ def _decode_rates(target: Target, prompt_tokens: int, requests: Sequence) -> dic
     checkpoint = target.checkpoint
     unread = () if checkpoint.tied else ("embed_tokens.weight",)
     read = [shape for name, shape in checkpoint.parameters.items() if not name.endswith(unread)]
-    slot = checkpoint.layers * checkpoint.kv_heads * checkpoint.head_dim
+    slot = math.prod(checkpoint.architecture[one] for one in ("layers", "kv_heads", "head_dim"))
     slots = prompt_tokens + requests[0].new_tokens / 2
     needed = (sum(map(math.prod, read)) + slots * 2 * slot) * item_bytes(target.dtype)
     seconds = measures.decode_seconds_per_token(requests)

@@ -64,18 +64,6 @@ class Checkpoint:
         return self.architecture["layers"]
 
     @property
-    def kv_heads(self) -> int:
-        return self.architecture["kv_heads"]
-
-    @property
-    def head_dim(self) -> int:
-        return self.architecture["head_dim"]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.architecture["hidden_size"]
-
-    @property
     def vocab_size(self) -> int:
         return self.architecture["vocab_size"]
 
@@ -147,9 +135,9 @@ class Checkpoint:
                 for what, names in found.items()
                 if names
             ]
-            kind = self.architecture["model_type"]
             raise UsageError(
-                f"the tensors in {self.folder} are not those of the {kind} model that its "
+                f"the tensors in {self.folder} are not those of the "
+                f"{self.architecture['model_type']} model that its "
                 f"config.json describes: {'; '.join(problems)}: take the whole checkpoint, as "
                 "transformers' save_pretrained writes it"
             )
@@ -304,17 +292,14 @@ def _cache_folder() -> Path | None:
     return Path(base, "llama_artifacts", "checkpoints") if os.path.isabs(base) else None
 
 
-def _installed_transformers() -> str:
-    """Return its version, "*" where there is none: then an answer of any version will do."""
-    return package_version("transformers") or "*"
-
-
 def _recall(files: str) -> dict[str, Any] | None:
     """Return the answer kept for these files; a damaged one is none."""
     folder = _cache_folder()
     if folder is None:
         return None
-    for path in sorted(folder.glob(f"{files}-{_installed_transformers()}.json"), reverse=True):
+    # where there is no transformers an answer of any version will do
+    version = package_version("transformers") or "*"
+    for path in sorted(folder.glob(f"{files}-{version}.json"), reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_bytes())
             answer = kept["answer"]
