@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.machine import in_rehearsal
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 # in the file only: of all the rest, so that a flipped digit is found even where any digit is valid
 _OWN_DIGEST = "metadata_sha256"
@@ -73,6 +73,12 @@ def differences(built: dict, found: dict, fields: Iterable[str]) -> list[Differe
     """Return the fields that differ, in order; an absent field is None, a tuple equals a list."""
     pairs = [Difference(field, built.get(field), found.get(field)) for field in fields]
     return [pair for pair in pairs if _digest(pair.built) != _digest(pair.found)]
+
+
+def model_differences(manifest: Manifest, found: dict) -> list[Difference]:
+    """Return the architecture's words that differ: a digest alone tells nobody what does."""
+    known = manifest.details.get("checkpoint")
+    return differences(known["architecture"], found, found) if known else []
 
 
 def rehearsal_differences(manifest: Manifest) -> list[Difference]:

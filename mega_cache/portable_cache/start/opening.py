@@ -74,13 +74,12 @@ class Opened:
 
         `may_trace`: a graph that was traced and then found in the caches is a hit.
         """
-        misses = [
-            f"{counted[name]} {text}"
-            for name, text in _MADE_ANEW.items()
-            if self.watch and counted[name] and not (may_trace and name == "unique_graphs")
-        ]
-        if self.watch and (kernels := counts.compiled_kernels(self.watch)):
-            misses.append(", ".join(path.name for path in kernels[:5]))
+        misses = []
+        if self.watch:
+            names = [one for one in _MADE_ANEW if not (may_trace and one == "unique_graphs")]
+            misses = [f"{counted[one]} {_MADE_ANEW[one]}" for one in names if counted[one]]
+            if kernels := counts.compiled_kernels(self.watch):
+                misses.append(", ".join(path.name for path in kernels[:5]))
         return {"artifact": self.artifact, "misses": misses}
 
 
