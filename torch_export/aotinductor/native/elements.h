@@ -52,27 +52,27 @@ inline void load_floats(const void* from, int32_t dtype, int64_t stride, int64_t
   const auto* floats = static_cast<const float*>(from);
   const auto* halves = static_cast<const uint16_t*>(from);
   int64_t i = 0;
+  if (stride == 1) {  // a loop of its own is one of vectors
+    if (dtype == kFloat32) {
+      std::copy_n(floats, count, to);
+      return;
+    }
+    if (dtype == kBfloat16) {
+      for (; i < count; i++) to[i] = from_bfloat16(halves[i]);
+    }
 #if defined(__x86_64__)
-  if (dtype == kFloat16 && stride == 1) {
     for (; i + 8 <= count; i += 8) {  // compilers don't find this instruction by themselves
       const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
     }
-  }
 #endif
-  const auto each = [&](auto read) {
-    if (stride == 1) {  // a loop of its own is one of vectors
-      for (; i < count; i++) to[i] = read(i);
-    }
-    for (; i < count; i++) to[i] = read(i * stride);
-  };
-  if (dtype == kFloat32 && stride == 1) {
-    std::copy_n(floats, count, to);
-    return;
   }
-  if (dtype == kFloat32) return each([=](int64_t at) { return floats[at]; });
-  if (dtype == kBfloat16) return each([=](int64_t at) { return from_bfloat16(halves[at]); });
-  each([=](int64_t at) { return from_float16(halves[at]); });
+  for (; i < count; i++) {
+    const int64_t at = i * stride;
+    to[i] = dtype == kFloat32    ? floats[at]
+            : dtype == kBfloat16 ? from_bfloat16(halves[at])
+                                 : from_float16(halves[at]);
+  }
 }
 
 // Write them, rounded to the nearest.
@@ -81,29 +81,29 @@ inline void store_floats(const float* from, int64_t count, void* to, int32_t dty
   auto* floats = static_cast<float*>(to);
   auto* halves = static_cast<uint16_t*>(to);
   int64_t i = 0;
+  if (stride == 1) {
+    if (dtype == kFloat32) {
+      std::copy_n(from, count, floats);
+      return;
+    }
+    if (dtype == kBfloat16) {
+      for (; i < count; i++) halves[i] = to_bfloat16(from[i]);
+    }
 #if defined(__x86_64__)
-  if (dtype == kFloat16 && stride == 1) {
     for (; i + 8 <= count; i += 8) {
       const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), eight);
     }
-  }
 #endif
-  const auto each = [&](auto write) {
-    if (stride == 1) {
-      for (; i < count; i++) write(i, from[i]);
+  }
+  for (; i < count; i++) {
+    const int64_t at = i * stride;
+    if (dtype == kFloat32) {
+      floats[at] = from[i];
+    } else {
+      halves[at] = dtype == kBfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
     }
-    for (; i < count; i++) write(i * stride, from[i]);
-  };
-  if (dtype == kFloat32 && stride == 1) {
-    std::copy_n(from, count, floats);
-    return;
   }
-  if (dtype == kFloat32) return each([=](int64_t at, float value) { floats[at] = value; });
-  if (dtype == kBfloat16) {
-    return each([=](int64_t at, float value) { halves[at] = to_bfloat16(value); });
-  }
-  each([=](int64_t at, float value) { halves[at] = to_float16(value); });
 }
 
 // Less work than this is done before a second thread has begun: some 50 microseconds.
