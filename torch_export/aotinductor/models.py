@@ -10,7 +10,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 def refuse_unsupported(checkpoint: Checkpoint, kv_cache: bool) -> None:
     """Raise UsageError if a graph of this folder would not be the checkpoint's model."""
-    found, rope = checkpoint.architecture, checkpoint.rope
+    found, rope = checkpoint.architecture, checkpoint.resolved["rope"]
     if found["model_type"] not in FAMILIES:
         problem = (
             f"is a {found['model_type']} model, and the graphs are made for {', '.join(FAMILIES)}"

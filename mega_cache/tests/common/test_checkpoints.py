@@ -97,14 +97,14 @@ def edit_weights(folder, change):
 def test_another_spelling_is_the_same_architecture_and_rope(spelled, described, tiny):
     found = described(**spelled)
     assert found.config_digest == tiny.config_digest
-    assert found.rope == tiny.rope
+    assert found.resolved["rope"] == tiny.resolved["rope"]
 
 
 @pytest.mark.parametrize("spelled", [{"rope_type": "default"}, {"type": "default"}, ...])
 def test_no_rope_scaling_has_several_names(spelled, described):
     plain = described(rope_scaling=None)
     assert described(rope_scaling=spelled).config_digest == plain.config_digest
-    assert plain.rope["type"] == "default"
+    assert plain.resolved["rope"]["type"] == "default"
 
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -158,17 +158,17 @@ def test_frequencies_are_those_that_transformers_computes(rope, described):
     found = described(rope_scaling=rope)
     config = transformers.AutoConfig.from_pretrained(found.folder)
     rotary = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb
-    kept = json.loads(json.dumps(found.rope))
+    kept = json.loads(json.dumps(found.resolved["rope"]))
     assert torch.equal(torch.tensor(kept["inv_freq"], dtype=torch.float32), rotary.inv_freq)
     assert kept["attention_scaling"] == rotary.attention_scaling
-    assert kept["depends_on_length"] == (found.rope["type"] == "dynamic")
+    assert kept["depends_on_length"] == (found.resolved["rope"]["type"] == "dynamic")
 
 
 def test_rope_settings_of_transformers_5_are_never_theta_10000(described, tiny):
     five = described(rope_scaling=..., rope_theta=..., rope_parameters=ROPE | {"rope_theta": 5e5})
     config = read_config(five.folder)
     rotary = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb
-    assert rotary.inv_freq.double().tolist() == tiny.rope["inv_freq"]
+    assert rotary.inv_freq.double().tolist() == tiny.resolved["rope"]["inv_freq"]
 
 
 @pytest.mark.skipif(not OLD_TRANSFORMERS, reason="transformers 5 reads them")

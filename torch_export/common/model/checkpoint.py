@@ -51,11 +51,6 @@ class Checkpoint:
         return self.resolved["architecture"] | {"tied": self.tied}
 
     @property
-    def rope(self) -> dict[str, Any]:
-        """inv_freq, attention_scaling; and type, depends_on_length."""
-        return self.resolved["rope"]
-
-    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return tuple(self.resolved["stop_ids"])
 
@@ -73,7 +68,6 @@ class Checkpoint:
 
     @cached_property
     def layer_digest(self) -> str:
-        """Return a digest of the architecture, whatever the number of layers."""
         return _digest({k: v for k, v in self.architecture.items() if k != "layers"})
 
     @cached_property
@@ -88,7 +82,6 @@ class Checkpoint:
 
     @cached_property
     def _held(self) -> dict[str, Stored]:
-        """All that the files hold."""
         return list_stored(self.folder)
 
     @cached_property
@@ -240,8 +233,8 @@ def _download(model_id: str) -> Path:
 
     def line(error: Exception) -> str:
         """Return the Hub's words on one line, without the token, which a bad header shows."""
-        text, token = str(error), get_token()
-        if token:
+        text = str(error)
+        if token := get_token():
             for form in (token, repr(token)[1:-1], repr(token.encode())[2:-1]):
                 text = text.replace(form, "<token>")
         return " ".join(text.split())

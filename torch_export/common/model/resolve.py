@@ -40,14 +40,8 @@ _KNOWN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # what transformers ends in where a file says what it cannot make a model of
 _UNREADABLE = (
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    ArithmeticError,
-    RuntimeError,
-    OSError,
-)
+    LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError,
+)  # fmt: skip
 _TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -126,9 +120,6 @@ def _architecture(config, model, rope: dict | None) -> dict[str, Any]:
     """Return what shapes the model's graphs, spelled alike whatever version wrote or read it."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
-    width = {"hidden_size": text.hidden_size, "intermediate_size": None} | {
-        name: getattr(text, name) for name in ("intermediate_size",) if hasattr(text, name)
-    }
     norm = (getattr(text, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "norm_eps"))
     modules = [name for name, _ in model.named_modules()]
     biased = {
@@ -136,7 +127,8 @@ def _architecture(config, model, rope: dict | None) -> dict[str, Any]:
     }
     found = {
         "model_type": config.model_type,
-        **width,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None),
         "layers": text.num_hidden_layers,
         "heads": heads,
         "kv_heads": getattr(text, "num_key_value_heads", None) or heads,

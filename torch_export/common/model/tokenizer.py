@@ -282,14 +282,7 @@ def _chat_environment():
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_render")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _render(self, caller):
-            return caller()
-
-    def now(form: str) -> str:
-        return datetime.now().strftime(form)
+            return jinja2.nodes.Scope(body, lineno=line)
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)
@@ -304,7 +297,9 @@ def _chat_environment():
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = as_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.globals |= {
+        "raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form),
+    }  # fmt: skip
     return environment
 
 
