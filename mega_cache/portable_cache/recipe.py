@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.artifact.manifest import Difference, Manifest, differences
+from common.artifact.manifest import Difference, Manifest, differences, model_differences
 from common.machine import environment
 from common.model.target import Target
 from portable_cache.flags import APPROACH, CompileFlags
@@ -32,6 +32,7 @@ def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) ->
     return (
         differences(manifest.environment, environment(), _ENVIRONMENT_FIELDS)
         + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
+        + model_differences(manifest, target.checkpoint.resolved["architecture"])
         + differences(manifest.recipe, told, told)
     )
 

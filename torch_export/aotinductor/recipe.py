@@ -7,7 +7,7 @@ from typing import Any
 from aotinductor.flags import BuildSettings
 from aotinductor.lengths import make_bounds
 from common import machine
-from common.artifact.manifest import Difference, Manifest, differences
+from common.artifact.manifest import Difference, Manifest, differences, model_differences
 from common.model.checkpoint import Checkpoint
 from common.model.stored import Stored
 from common.model.target import Target
@@ -52,9 +52,10 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
             here["weights_fingerprint"] = built.get("weights_fingerprint")
         else:
             here["weights_fingerprint"] = weights_fingerprint(target.checkpoint)
-    model = target.describe_model()
+    model, architecture = target.describe_model(), dict(target.checkpoint.resolved["architecture"])
     if built.get("kv_cache"):  # one layer, compiled once, serves any depth
         here["layer_digest"] = target.checkpoint.layer_digest
+        del architecture["layers"]
         model["config_digest"] = manifest.model.get("config_digest")
     environment, fields = machine.gpu_environment(), ["compute_capability"]
     if library == "libtorch":  # its code calls into torch's libraries
@@ -67,6 +68,7 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
     return (
         differences(manifest.environment, environment, fields)
         + differences(manifest.model, model, ("config_digest", "dtype"))
+        + model_differences(manifest, architecture)
         + differences(built, here, here)
     )
 

@@ -2,7 +2,7 @@
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def torch_steps(
     """
     interface = open_libtorch(memory.device == "cuda")
     dtypes = {DTYPES[name]: name for name in set(details["dtypes"].values())}
-    calls: Any = _Calls(list(functions.values()), dtypes, memory.device)
+    calls: Any = _Calls(list(functions.values()), dtypes, weights.values(), memory.device)
     # where a package's programs have addresses, these have numbers
     programs: Any = {
         name: SimpleNamespace(handle=ctypes.c_void_p(number), run=ctypes.c_void_p())
@@ -48,12 +48,16 @@ def torch_steps(
 class _Calls:
     """libllama_steps.so, but that a step's calls are of functions of Python."""
 
-    def __init__(self, functions: Sequence[Function], dtypes: Mapping[int, str], device: str):
+    def __init__(
+        self, functions: Sequence[Function], dtypes: Mapping[int, str],
+        weights: Iterable[torch.Tensor], device: str,
+    ):  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
             library = open_library(str(compile_steps(Path(folder))))
         self.llama_rows, self.llama_rotations = library.llama_rows, library.llama_rotations
         self._functions, self._dtypes, self._device = functions, dtypes, device
-        self._views: dict[tuple, torch.Tensor] = {}
+        # the weights themselves: of parameters torch knows that their sizes never change
+        self._views = {(one.data_ptr(), *one.shape): one for one in weights}
 
     @torch.no_grad()
     def llama_step(
@@ -71,9 +75,9 @@ class _Calls:
 
     def _view(self, operand) -> torch.Tensor:
         """Return the same memory as torch sees it."""
-        key = (operand.data, operand.dtype, *operand.sizes[: operand.dims])
+        key = (operand.data, *operand.sizes[: operand.dims])
         if key not in self._views:
-            tensor = Tensor(operand.data, key[2:], self._dtypes[operand.dtype])
+            tensor = Tensor(operand.data, key[1:], self._dtypes[operand.dtype])
             self._views[key] = torch_view(tensor, self._device)
         return self._views[key]
 

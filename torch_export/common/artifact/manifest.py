@@ -75,6 +75,12 @@ def differences(built: dict, found: dict, fields: Iterable[str]) -> list[Differe
     return [pair for pair in pairs if _digest(pair.built) != _digest(pair.found)]
 
 
+def model_differences(manifest: Manifest, found: dict) -> list[Difference]:
+    """Return the architecture's words that differ: a digest alone tells nobody what does."""
+    known = manifest.details.get("checkpoint")
+    return differences(known["architecture"], found, found) if known else []
+
+
 def rehearsal_differences(manifest: Manifest) -> list[Difference]:
     """Return that the artifact comes from a rehearsal if this process is none."""
     rehearsed = manifest.environment.get("rehearsal")
