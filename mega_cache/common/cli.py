@@ -77,9 +77,14 @@ def parse_flags(
     """Return one instance per group; `defaults` are the script's own. Bad flags exit with 2."""
     parser = _make_parser(description, groups, defaults)
     values = vars(parser.parse_args(argv))
+
+    def instance(group: type) -> Any:
+        kinds = group.__annotations__.items()
+        return group(**{n: instance(kind) if _is_group(kind) else values[n] for n, kind in kinds})
+
     try:
         _check_result_file(values)
-        return tuple(_instance(group, values) for group in groups)
+        return tuple(map(instance, groups))
     except ValueError as error:  # of a group's `check`
         parser.error(str(error))
 
@@ -132,13 +137,11 @@ def _make_parser(
 
 def _add_group(parser: argparse.ArgumentParser, often, group: type, defaults: dict) -> None:
     """Add the flags of the group itself, or, of a group made of groups, those of each."""
-    kinds = group.__annotations__
-    if all(map(_is_group, kinds.values())):
-        for part in kinds.values():
-            _add_group(parser, often, part, defaults)
-        return
     rest = parser.add_argument_group(group.__doc__)
-    for name, kind in kinds.items():
+    for name, kind in group.__annotations__.items():
+        if _is_group(kind):
+            _add_group(parser, often, kind, defaults)
+            continue
         told = getattr(group, name)
         if isinstance(kind, UnionType):  # X | None
             kind = kind.__args__[0]
@@ -168,15 +171,6 @@ def _default_text(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def _instance(group: type, values: dict[str, Any]) -> Any:
-    """Return the group with its flags, or, of a group made of groups, with each of them."""
-    own = {
-        name: _instance(kind, values) if _is_group(kind) else values[name]
-        for name, kind in group.__annotations__.items()
-    }
-    return group(**own)
-
-
 # --- what a flag's text may be ---------------------------------------------------------------
 
 
@@ -186,8 +180,8 @@ def _at_least(minimum: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be >= {minimum}, got {text}")
+        if not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be >= {minimum} and below 2**63, got {text}")
         return value
 
     return parse
@@ -195,14 +189,6 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 positive_int = _at_least(1)
 non_negative_int = _at_least(0)
-
-
-def seed_int(text: str) -> int:
-    """Parse what torch takes for a seed: 0 to 2**63 - 1."""
-    value = non_negative_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}")
-    return value
 
 
 def positive_ints(text: str) -> tuple[int, ...]:
@@ -246,7 +232,7 @@ class SharedFlags(Flags):
     )
     device: str = flag("auto", "auto: CUDA when there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("auto", "of weights, auto: bfloat16 on CUDA, float32 on CPU", choices=DTYPES)
-    seed: int = flag(0, "of sampling and of synthetic prompts", parse=seed_int)
+    seed: int = flag(0, "of sampling and of synthetic prompts", parse=non_negative_int)
     json: Path | None = flag(None, "file to write the whole result to, as JSON", often=True)
     verbose: bool = flag(False, "print every measure", often=True)
     quiet: bool = flag(False, "no progress on stderr; results and warnings only")

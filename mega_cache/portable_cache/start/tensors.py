@@ -13,20 +13,25 @@ def start_upload(target: Target) -> Callable[[], dict[str, torch.Tensor]]:
     """Start to bring the weights to the device; the function returned waits for them, by name."""
     stored = target.checkpoint.stored
     if target.device != "cuda":
-        host = weights.start_upload(stored, target.device, target.dtype).wait()
+        host = weights.start_upload(stored, target.device, target.dtype, _convert).wait()
         return lambda: {name: _view(_memory_of(one), one) for name, one in host.items()}
     _, total = weights.device_layout(stored, target.dtype)
     # in memory of torch's own; zeros, as ordinary numbers, until the bytes are there
     pool = torch.zeros(total, dtype=torch.uint8, device=target.device)
     torch.cuda.synchronize()
     base = pool.data_ptr()
-    upload = weights.start_upload(stored, target.device, target.dtype, base)
+    upload = weights.start_upload(stored, target.device, target.dtype, _convert, base)
 
     def wait() -> dict[str, torch.Tensor]:
         placed = upload.wait()
         return {name: _view(pool[one.address - base :], one) for name, one in placed.items()}
 
     return wait
+
+
+def _convert(source: int, dtype: str, place: int, wanted: str, count: int) -> None:
+    one, other = weights.Tensor(source, (count,), dtype), weights.Tensor(place, (count,), wanted)
+    _view(_memory_of(other), other).copy_(_view(_memory_of(one), one))
 
 
 def _memory_of(one: weights.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from common import cuda
 from common.errors import UsageError
 from common.model import weights
 from common.model.stored import Stored, list_stored, read_header
-from common.model.weights import start_upload
+from common.model.weights import Tensor, start_upload
 
 
 @pytest.fixture
@@ -35,6 +35,15 @@ def seen_by_torch(tensor):
     return torch.frombuffer(raw, dtype=getattr(torch, tensor.dtype)).view(tensor.shape)
 
 
+def convert(source, dtype, place, wanted, count):
+    one, other = Tensor(source, (count,), dtype), Tensor(place, (count,), wanted)
+    seen_by_torch(other).copy_(seen_by_torch(one))
+
+
+def brought(stored, device="cpu", dtype=None):
+    return start_upload(stored, device, dtype, convert).wait()
+
+
 def assert_equal(found, expected):
     assert set(found) == set(expected)
     for name, tensor in expected.items():
@@ -44,11 +53,11 @@ def assert_equal(found, expected):
 
 
 def test_a_checkpoint_gives_its_tensors_by_name(checkpoint, tensors):
-    assert_equal(start_upload(list_stored(checkpoint), "cpu").wait(), tensors)
+    assert_equal(brought(list_stored(checkpoint)), tensors)
 
 
 def test_only_floating_point_tensors_are_converted(checkpoint, tensors):
-    found = start_upload(list_stored(checkpoint), "cpu", "bfloat16").wait()
+    found = brought(list_stored(checkpoint), dtype="bfloat16")
     expected = {name: tensors[name].bfloat16() for name in "ab"} | {"ids": tensors["ids"]}
     assert_equal(found, expected)
 
@@ -59,7 +68,7 @@ def test_shards_are_one_checkpoint(tensors, tmp_path):
         save_file({n: tensors[n] for n in tensors if files[n] == file}, tmp_path / file)
     index = {"weight_map": files}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_equal(start_upload(list_stored(tmp_path), "cpu").wait(), tensors)
+    assert_equal(brought(list_stored(tmp_path)), tensors)
 
 
 def test_a_tensor_may_lie_anywhere_in_any_file(tmp_path):
@@ -67,13 +76,13 @@ def test_a_tensor_may_lie_anywhere_in_any_file(tmp_path):
     path = tmp_path / "any"
     path.write_bytes(b"123" + expected.numpy().tobytes() + b"rest")  # no multiple of its item
     stored = {"one": Stored(path, "float32", (3, 5), 3)}
-    found = start_upload(stored | {"other": stored["one"]}, "cpu").wait()
+    found = brought(stored | {"other": stored["one"]})
     assert_equal(found, {"one": expected, "other": expected})
 
 
 def test_writing_to_a_tensor_never_reaches_the_file(checkpoint):
     before = (checkpoint / "model.safetensors").read_bytes()
-    found = start_upload(list_stored(checkpoint), "cpu").wait()["a"]
+    found = brought(list_stored(checkpoint))["a"]
     seen_by_torch(found).fill_(1)
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
@@ -94,12 +103,12 @@ def test_a_tensor_is_converted_whole_in_pieces(monkeypatch, tmp_path, dtype):
     path.write_bytes(b"12" + source.numpy().tobytes())
     counts = []
 
-    def convert(*place):
+    def counted(*place):
         counts.append(place[-1])
-        weights.convert_with_numpy(*place)
+        convert(*place)
 
     stored = {"one": Stored(path, "float32", (7, 11), 2)}
-    found = start_upload(stored, "cpu", dtype, convert=convert).wait()
+    found = start_upload(stored, "cpu", dtype, counted).wait()
     assert max(counts) == 32 and sum(counts) == 77
     assert_equal(found, {"one": source.to(getattr(torch, dtype))})
 
@@ -123,8 +132,8 @@ def test_waiting_raises_what_a_reader_met():
 @pytest.mark.parametrize("dtype", (None, "bfloat16"))
 def test_what_arrives_on_a_gpu_is_what_the_files_hold(checkpoint, dtype):
     stored = list_stored(checkpoint)
-    expected = start_upload(stored, "cpu", dtype).wait()
-    for name, tensor in start_upload(stored, "cuda", dtype).wait().items():
+    expected = brought(stored, dtype=dtype)
+    for name, tensor in brought(stored, "cuda", dtype).items():
         assert tensor.address % 512 == 0
         back = torch.empty(tensor.nbytes, dtype=torch.uint8)
         where = (ctypes.c_void_p(back.data_ptr()), ctypes.c_void_p(tensor.address))

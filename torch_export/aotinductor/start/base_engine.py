@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
-from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_bytes, write_integers
+from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_integers
 from common.model.stored import Stored
-from common.model.weights import Tensor, convert, target_dtype
+from common.model.weights import Convert, Tensor, target_dtype
 
 # The graph, called: (ids, mask, rows) -> the logits (rows, vocab) float32 of some rows, for ids and
 # mask (padded,). By a package, or compiled at runtime.
@@ -109,18 +109,22 @@ class Constant(NamedTuple):
 
 
 def read_constants(
-    details: dict[str, Any], memory: Memory
+    details: dict[str, Any], memory: Memory, convert: Convert
 ) -> tuple[list[Constant], dict[str, Tensor]]:
     """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
     rows = [Constant(**fields) for fields in details["constants"]]
-    values = {}
+    held = {}
     for row in rows:
         if row.values is not None:
-            array = np.array(row.values, np.float64).reshape(row.shape)
-            held = np.ascontiguousarray(convert(array, "float64", row.dtype)).tobytes()
-            place = values[row.name] = memory.zeros(array.shape, row.dtype)
-            write_bytes(memory, place, held)
-    return [row for row in rows if row.name not in values], values
+            count, place = len(row.values), memory.zeros(tuple(row.shape), row.dtype)
+            values = (ctypes.c_double * count)(*row.values)
+            source = (ctypes.addressof(values), "float64")
+            how = (row.dtype, count)
+            memory.fill(
+                place, place.nbytes, lambda at, source=source, how=how: convert(*source, at, *how)
+            )
+            held[row.name] = place
+    return [row for row in rows if row.name not in held], held
 
 
 def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:

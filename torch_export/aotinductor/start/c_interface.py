@@ -96,7 +96,7 @@ def open_runtime(path: str) -> Interface:
 
 def find_torch() -> Path:
     """Return torch's folder. Raises EnvironmentProblemError where it isn't installed."""
-    folder = machine.torch_folder()
+    folder = machine.package_folder("torch")
     if folder is None:
         raise EnvironmentProblemError(
             "this start is over libtorch, and no torch is installed: install the one that built "
@@ -111,12 +111,8 @@ def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
     `whole`: with libtorch.so, which programs name that are linked for torch's plain loader.
     """
     folder = find_torch()
-    names = [
-        *_LIBTORCH,
-        *(_LIBTORCH_CUDA if with_cuda else ()),
-        *(["libtorch.so"] if whole else ()),
-    ]
-    for name in names:
+    cuda = _LIBTORCH_CUDA if with_cuda else ()
+    for name in (*_LIBTORCH, *cuda, *["libtorch.so"] * whole):
         path = folder / "lib" / name
         if not path.exists():
             raise EnvironmentProblemError(
@@ -163,11 +159,6 @@ class Program:
             if status:
                 raise ChildProcessError(status)
         self.run = address_of(self.library, "AOTInductorModelContainerRunSingleThreaded")
-
-    def close(self) -> None:
-        if self.handle:
-            self.library.AOTInductorModelContainerDelete(self.handle)
-            self.handle = ctypes.c_void_p()
 
     def constants(self) -> list[tuple[bytes, str]]:
         """Return (the program's own name, the checkpoint's name) of each constant."""

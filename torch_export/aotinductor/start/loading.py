@@ -136,7 +136,7 @@ def choose_library(wanted: str, details: dict[str, Any]) -> str:
         lacks = details["runtime"]["lacks"]
         possible = not any(lacks.get(program) for program in DECODE)
     if wanted == "auto":
-        alone = possible and (not lacks or machine.torch_folder() is None)
+        alone = possible and (not lacks or machine.package_folder("torch") is None)
         return RUNTIME_LIBRARY if alone else LIBTORCH
     if wanted == RUNTIME_LIBRARY and not possible:
         names = sorted({name for program in DECODE for name in lacks.get(program, ())})
@@ -231,7 +231,7 @@ def _assemble_kv(
             f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
         )
     read = {name: stored[name] for name in names}
-    upload = weights.start_upload(read, target.device, target.dtype, convert=code.convert)
+    upload = weights.start_upload(read, target.device, target.dtype, code.convert)
     state, memory = make_state(details, cache, target)
     lacks = details["runtime"]["lacks"] if code.library == RUNTIME_LIBRARY else {}
     # what is called in vain is not opened: without prefill a prompt goes through decode
@@ -255,7 +255,7 @@ def _assemble_base(
     device, details = target.device, source.details
     longest, vocab = plan.bounds.max_seq_len, details["vocab_size"]
     memory = make_memory(device, max(8 * longest, 4 * vocab))
-    rows, values = base.read_constants(details, memory)
+    rows, values = base.read_constants(details, memory, code.convert)
     if source.embedded:
         stored = base.find_in_package(rows, source.path)
     else:
@@ -264,7 +264,7 @@ def _assemble_base(
             stored = base.find_in_checkpoint(rows, found, target.dtype)
         except ValueError as error:
             raise ArtifactMismatchError(f"{target.checkpoint.folder}: {error}") from error
-    upload = weights.start_upload(stored, device, target.dtype, convert=code.convert)
+    upload = weights.start_upload(stored, device, target.dtype, code.convert)
     tensors = upload.tensors | values
     (program,) = code.open(details["graphs"]).values()
     base.bind(program, code.steps, code.interface, device, tensors)

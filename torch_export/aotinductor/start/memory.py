@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 from collections.abc import Callable
-from typing import Any
 
 from common import cuda
 from common.model.stored import item_bytes
@@ -75,15 +74,11 @@ def make_memory(device: str, largest_bytes: int) -> Memory:
     return GpuMemory(largest_bytes) if device == "cuda" else HostMemory()
 
 
-def write_bytes(memory: Memory, tensor: Tensor, content: Any) -> None:
-    """Write what ctypes takes for bytes to the beginning of a tensor."""
-    nbytes = len(memoryview(content).cast("B"))
-    memory.fill(tensor, nbytes, lambda address: ctypes.memmove(address, content, nbytes))
-
-
 def write_integers(memory: Memory, tensor: Tensor, values: list[int]) -> None:
     """Write int64 values to the beginning of a tensor."""
-    write_bytes(memory, tensor, (ctypes.c_int64 * len(values))(*values))
+    array = (ctypes.c_int64 * len(values))(*values)
+    nbytes = ctypes.sizeof(array)
+    memory.fill(tensor, nbytes, lambda address: ctypes.memmove(address, array, nbytes))
 
 
 def read_integer(memory: Memory, tensor: Tensor) -> int:
@@ -96,13 +91,14 @@ def read_floats(memory: Memory, tensor: Tensor, first: int, rows: int):
     # imported here: a greedy start, which reads no logits, goes without it
     import numpy as np
 
-    from common.model.weights import convert, numpy_dtype
-
     width = tensor.shape[-1]
     row_bytes = width * item_bytes(tensor.dtype)
     raw = b"".join(
         memory.read(tensor.address + row * row_bytes, row_bytes)
         for row in range(first, first + rows)
     )
-    values = np.frombuffer(raw, numpy_dtype(tensor.dtype)).reshape(rows, width)
-    return convert(values, tensor.dtype, "float32")
+    if tensor.dtype == "bfloat16":  # which numpy lacks: the upper half of a float32
+        values = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(raw, tensor.dtype).astype(np.float32, copy=False)
+    return values.reshape(rows, width)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
 from common.machine import in_rehearsal
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
 # in the file only: of all the rest, so that a flipped digit is found even where any digit is valid
 _OWN_DIGEST = "metadata_sha256"

@@ -5,11 +5,11 @@ file that holds them as they are. What comes of it is a `Tensor`, a place in mem
 the mapped file; on a GPU threads carry it there through page-locked memory, while the caller works
 with tensors that have their places:
 
-    upload = start_upload(list_stored(folder), "cuda", "bfloat16")
+    upload = start_upload(list_stored(folder), "cuda", "bfloat16", convert)
     ...                      # upload.tensors can be bound, also captured, but not yet believed
     tensors = upload.wait()  # name -> tensor
 
-Neither torch nor transformers is imported here, and numpy where a tensor is converted alone.
+Neither torch nor transformers is imported here, nor numpy: the caller says what converts.
 """
 
 import ctypes
@@ -22,20 +22,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from common import cuda
 from common.errors import EnvironmentProblemError
 from common.model.stored import Stored, item_bytes
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # MAP_NORESERVE of Linux, which Python names from 3.11 on: a model in the page cache is no memory
 # that the system would have to promise
 _NO_RESERVE = 0x4000
 _POPULATE_READ = 22  # MADV_POPULATE_READ
-# (address, its dtype, another address, its dtype, how many values)
+# of the host: (address, its dtype, another address, its dtype, how many values) -> None
 Convert = Callable[[int, str, int, str, int], None]
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -45,13 +42,6 @@ _ALIGNMENT_BYTES = 512
 # Page-locking costs time too, so no more than these 128 MiB are.
 _READERS = 8
 _STAGING_BYTES = 8 << 20
-
-
-def numpy_dtype(dtype: str) -> "np.dtype":
-    """Return how numpy holds values of this dtype: bfloat16, which it lacks, as their 16 bits."""
-    import numpy as np
-
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 class Tensor(NamedTuple):
@@ -119,31 +109,6 @@ def _map_file(path: Path, changed: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size, private, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def convert(values: "np.ndarray", dtype: str, target: str) -> "np.ndarray":
-    """Return values, held as `numpy_dtype(dtype)`, in another dtype; rounded to nearest even."""
-    import numpy as np
-
-    if dtype == target:
-        return values
-    if dtype == "bfloat16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    if target != "bfloat16":
-        return values.astype(numpy_dtype(target))
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # whose rounding could make it infinite
-    return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
-def convert_with_numpy(source: int, dtype: str, place: int, wanted: str, count: int) -> None:
-    """Write so many values at an address of the host to another one, in another dtype."""
-    import numpy as np
-
-    raw = (ctypes.c_char * (count * item_bytes(dtype))).from_address(source)
-    values = convert(np.frombuffer(raw, numpy_dtype(dtype)), dtype, wanted)
-    ctypes.memmove(place, values.ctypes.data, values.nbytes)
-
-
 # --- to the device ---------------------------------------------------------------------------
 
 
@@ -178,8 +143,8 @@ class Upload:
 
 
 def start_upload(
-    stored: Mapping[str, Stored], device: str, dtype: str | None = None, base: int | None = None,
-    convert: Convert = convert_with_numpy,
+    stored: Mapping[str, Stored], device: str, dtype: str | None, convert: Convert,
+    base: int | None = None,
 ) -> Upload:  # fmt: skip
     """Return the tensors by the same names on `device`; `wait` for their bytes before use.
 
