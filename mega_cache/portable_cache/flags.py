@@ -47,7 +47,7 @@ class CompileFlags(Flags):
         "static", "KV cache of `generate`: the one that compiles", choices=("static",)
     )
     compile_dynamic: str = flag(
-        "auto", "true: one graph for all KV caches; false: one for each; auto: true if several",
+        "auto", "true: a graph for KV caches of any length; false: one each; auto: true if several",
         choices=("auto", "true", "false"),
     )  # fmt: skip
     compile_mode: str = flag("max-autotune", "torch.compile's `mode`", choices=COMPILE_MODES)
