@@ -4,7 +4,7 @@ python .ci/readme_tables.py           fill what is between the markers
 python .ci/readme_tables.py --check   exit status 1 when a README says something else
 
 A folder's README gets every measurement of its folder, a real model's first. The repository's gets
-the rows of one model on one machine, and a session as run.json kept it.
+what alternatives/measure.py found, and a session as run.json kept it.
 """
 
 import json
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("torch_export", "mega_cache")
 STEPS = ("build", "run", "compare", "benchmark", "sweep")
 ON_CPU = "on a CPU: shows the mechanism, not the size of the gain on a GPU"
-MODES = {"compile_preload": "load", "compile_no_preload": "skip (compiled at runtime)"}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
@@ -76,67 +76,51 @@ def dtype_of(steps: dict) -> str:
     return steps["build"]["model"]["dtype"]
 
 
-def where(steps: dict) -> str:
-    environment = steps["compare"]["environment"]
-    return environment.get("gpu") or environment.get("cpu")
-
-
-def featured() -> list[tuple[str, str, dict]]:
-    """Return (folder, name, steps) of what the root README shows: one model on one machine."""
-    every = [(f, name, steps) for f in FOLDERS for name, steps in measurements(f).items()]
-    every = [one for one in every if "benchmark" in one[2]]
-    if not every:
-        return []
-    chosen = (model_of(every[0][2]), where(every[0][2]))
-    return [one for one in every if (model_of(one[2]), where(one[2])) == chosen]
-
-
 def overview() -> str:
-    """Return a row for each way to start the model that is featured."""
-    rows, shown = [], featured()
-    if not shown:
-        return "Nothing is measured yet: `.ci/measure` does it."
-    seen_eager = set()
-    for folder, _, steps in shown:
-        dtype = dtype_of(steps)
-        for mode, entry in steps["benchmark"]["summary"].items():
-            if mode == "floor" or (mode == "eager" and dtype in seen_eager):
-                continue
-            if mode == "eager":
-                seen_eager.add(dtype)
-            link = f"[{folder}]({folder}/README.md#results)"
-            what = f"{link}, {MODES[mode]}" if mode in MODES else "transformers, eager"
-            rows.append([what, dtype, *facts(entry)])
-    rows.sort(key=lambda row: row[1] != "float32")
-    header = ["", "dtype", "first token (s)", "process (s)", "steady tokens/s", "GB/s"]
-    steps = shown[0][2]
-    count = steps["benchmark"]["config"]["num_requests"]
-    new = steps["benchmark"]["config"]["max_new_tokens"]
-    about = f"{model_of(steps)} on {where(steps)}: {count} requests of {new} new tokens a process."
+    """Return a row for each way to serve one model on one machine, measured in one run."""
+    files = sorted(REPOSITORY.glob("torch_export/results/*/alternatives.json"))
+    if not files:
+        return "Nothing is measured yet: `.ci/alternatives/measure.py` does it."
+    result = json.loads(files[-1].read_bytes())
+    lengths = list(result["rows"][0]["prompt_tokens_per_second"])
+    header = ["", "dtype", "first token (s)", "decode tokens/s", "GB/s", "of reads"]
+    header += [f"prompt of {length}" for length in lengths]
+    rows = [overview_row(row, lengths) for row in result["rows"]]
+    rows.sort(key=lambda row: DTYPES.index(row[1]))
+    read = result["read_bytes_per_second"]["mean"] / 1e9
+    about = (
+        f"{result['config']['model_id']} on {result['environment']['cpu']}, which reads {read:.1f} "
+        f"GB/s; llama-cpp-python {result['llama_cpp_python']}. Prompts: tokens per second, by "
+        "their tokens."
+    )
     return f"{about}\n\n{markdown_table(header, rows)}"
 
 
-def facts(entry: dict) -> list[str]:
-    keys = ("ttft_cold_start_seconds", "total_script_seconds", "tail_tokens_per_second")
-    shown = [f"{entry[key]['mean']:.2f}" if entry.get(key) else "-" for key in keys[:2]]
-    rate, read = entry[keys[2]], entry.get("decode_bytes_per_second")
-    shown.append(f"{rate['mean']:.1f}" if rate else "-")
-    return [*shown, f"{read['mean'] / 1e9:.1f}" if read else "-"]
+def overview_row(row: dict, lengths: list[str]) -> list[str]:
+    folder, _, mode = row["name"].partition(", ")
+    name = f"[{folder}]({folder}/README.md#results), {mode}" if folder in FOLDERS else row["name"]
+    prompts = row["prompt_tokens_per_second"]
+    return [
+        name,
+        row["dtype"],
+        f"{row['first_token_seconds']['mean']:.2f}",
+        f"{row['decode_tokens_per_second']['mean']:.1f}",
+        f"{row['decode_bytes_per_second'] / 1e9:.1f}",
+        f"{row['read_bandwidth_share']:.0%}",
+        *(f"{prompts[length]:.0f}" if prompts else "-" for length in lengths),
+    ]
 
 
 def session() -> str:
-    """Return a run as a terminal showed it."""
-    for folder, _, steps in featured():
+    """Return a run of a real model as a terminal showed it."""
+    for steps in measurements("torch_export").values():
         if "run" in steps:
             run = steps["run"]
-            command = f'$ {folder}/run.sh --model-id {model_of(steps)} --prompt "{prompt_of(run)}"'
+            asked = f'--chat --prompt "{run["config"]["prompt"]}"'
+            command = f"$ torch_export/run.sh --model-id {model_of(steps)} {asked}"
             lines = [command, *run["completions"][0].splitlines(), *run_lines(run)]
             return "\n".join(["```text", *lines, "```"])
     return ""
-
-
-def prompt_of(run: dict) -> str:
-    return run["config"]["prompt"]
 
 
 def folder_text(folder: str) -> str:
