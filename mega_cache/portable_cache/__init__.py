@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Within, Python looks for no garbage, and afterwards not in what was made within.
+    """Within, Python looks for no garbage.
 
     Among the million objects that importing torch and transformers makes there is none, and looking
     for it is a sixth of that time.
     """
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if before:
+            gc.enable()
 
 
 def load(
