@@ -27,7 +27,7 @@ from common.measure.report import SCHEMA, write_json
 from common.measure.trials import run_trial
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 128, 2
+PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 128, 1
 LENGTHS = (16, 128, 1000)
 # kind of file: llama.cpp's number for it (its enum llama_ftype)
 KINDS = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "float16": ("F16", 1)}

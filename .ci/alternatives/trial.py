@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         "approach": chosen.engine,
         "environment": environment(),
         "metrics": run_metrics(requests, setup_seconds, stages.elapsed()),
-        "requests": [vars(request) for request in requests],
+        "requests": [request._asdict() for request in requests],
         "output": {"prompt_tokens": len(prompt_ids[0]), "token_ids": token_ids[0]},
     }
     write_json(document, shared.json)
