@@ -27,7 +27,7 @@ from common.measure.report import SCHEMA, write_json
 from common.measure.trials import run_trial
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 128, 1
+PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 128, 2
 LENGTHS = (16, 128, 1000)
 # kind of file: llama.cpp's number for it (its enum llama_ftype)
 KINDS = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "float16": ("F16", 1)}
@@ -115,7 +115,7 @@ def prompts_of(folder: Path) -> list[str]:
 
 
 def measure(rows: list[Row], lines: Path, folder: Path) -> dict:
-    """Return the result: of each row what the table shows, and every trial."""
+    """Return the result: of each row what the table shows, summarised over its trials."""
     floor = [script("mega_cache/common/measure/floor.py"), f"--model-id={folder}", "--device=cpu"]
     floors = [run(floor)]
     for turn in range(ROUNDS):

@@ -57,6 +57,8 @@ class Flags(SimpleNamespace):
     def __init__(self, *values: Any, **named: Any):
         kinds = type(self).__annotations__
         given = dict(zip(kinds, values, strict=False)) | named
+        if len(values) > len(kinds) or named.keys() - kinds.keys():
+            raise TypeError(f"{type(self).__name__} has {', '.join(kinds)}, no other flag")
         for name, kind in kinds.items():
             if name not in given:
                 given[name] = kind() if _is_group(kind) else getattr(type(self), name).default

@@ -240,8 +240,8 @@ def _assemble_kv(
     steps = PackageSteps(opened, programs, upload.tensors, state, memory, libraries)
     steps.rotate_with(**details["rope"])
     # rows of it are looked up on the host, also where the table itself is on a GPU
-    on_host = upload.tensors if target.device == "cpu" else None
-    table = on_host[EMBEDDING] if on_host else weights.map_tensor(stored[EMBEDDING])
+    on_cpu = target.device == "cpu"
+    table = upload.tensors[EMBEDDING] if on_cpu else weights.map_tensor(stored[EMBEDDING])
     steps.embed_with(table, target.dtype)
     return KvEngine(steps, state, cache, memory), upload
 

@@ -38,10 +38,10 @@ def serve_requests(
     # the same prompt again and again is shown once
     shows_all = settings.prompt.show_completions or settings.prompt.prompts_file is not None
     shown = len(prompts) if shows_all else 1
-    served = [_serve(prompt, generate, text_printer(codec)) for prompt in prompts[:shown]]
+    served = [serve_one(prompt, generate, text_printer(codec)) for prompt in prompts[:shown]]
     if rest := prompts[shown:]:
         with console.bar(rest, "generate", "request") as bar:  # they show nothing else
-            served += [_serve(prompt, generate, lambda token_id: None) for prompt in bar]
+            served += [serve_one(prompt, generate) for prompt in bar]
     requests, completions = zip(*served, strict=True)
     # request 1 up to its first token is prefill; all the rest of generation is decode
     stages.seconds["prefill"] = requests[0].ttft_seconds
@@ -88,10 +88,14 @@ def _device_memory(target: Target) -> dict[str, int] | None:
     return {"used_bytes": cuda.used_bytes(), "peak_allocated_bytes": peak}
 
 
-def _serve(
-    prompt: list[int], generate: Generate, show: Callable[[int | None], None]
-) -> tuple[measures.Request, list[int]]:
-    """Return what one request took and the new token ids; `show` gets each, and None at the end."""
+def serve_one(
+    prompt: Any, generate: Callable[[Any, Callable[[int], None]], list[int]],
+    show: Callable[[int | None], None] = lambda token_id: None,
+) -> tuple[measures.Request, list[int]]:  # fmt: skip
+    """Return what one request took and the new token ids; `show` gets each, and None at the end.
+
+    `prompt` is what `generate` takes.
+    """
     arrivals = []
 
     def on_token(token_id: int) -> None:
