@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,7 @@ def private_compiler_caches() -> Iterator[None]:
     its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
     in the environment is kept.
     """
-    # mode 0700; a compiler that an interrupt has orphaned may write once more while it is removed
-    with tempfile.TemporaryDirectory(
-        prefix="llama-compile-", ignore_cleanup_errors=True, dir=place_for_compilers()
-    ) as folder:
+    with folder_for_compilers("llama-compile-") as folder:
         places = cache_places(folder)
         before = {name: os.environ.get(name) for name in places}
         unfit = {name for name, place in before.items() if place is None or _cut_in_two(place)}
@@ -36,8 +34,22 @@ def private_compiler_caches() -> Iterator[None]:
             tempfile.tempdir = None
 
 
-def place_for_compilers() -> str:
-    """Return the folder for temporary files, or another one if that has a space in its name."""
+@contextmanager
+def folder_for_compilers(prefix: str) -> Iterator[str]:
+    """Make a folder that only this user reads, gone at the end whenever an interrupt comes.
+
+    It is where temporary files are, or elsewhere if that has a space in its name.
+    """
+    folder = os.path.join(_place_for_compilers(), f"{prefix}{os.urandom(8).hex()}")
+    try:  # begun before there is a folder: between the two, `tempfile` would leave it behind
+        os.mkdir(folder, 0o700)
+        yield folder
+    finally:
+        # a compiler that an interrupt has orphaned may write once more while it is removed
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_for_compilers() -> str:
     usual = tempfile.gettempdir()
     for place in (usual, "/tmp", "/var/tmp"):
         if not _cut_in_two(place) and os.access(place, os.W_OK):

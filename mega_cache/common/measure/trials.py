@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.compiler.caches import cache_places, place_for_compilers
+from common.compiler.caches import cache_places, folder_for_compilers
 from common.errors import INTERRUPTED
 from common.measure.measures import START_VARIABLE
 
@@ -39,7 +38,7 @@ class Outcome:
 
 def run_trial(script_and_flags: Sequence[str]) -> Outcome:
     """Run a script in a fresh process, with all its temporary files in one folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="llama-trial-", dir=place_for_compilers()) as folder:
+    with folder_for_compilers("llama-trial-") as folder:
         result, log = Path(folder, "result.json"), Path(folder, "stderr.txt")
         start = time.monotonic()
         with log.open("wb") as stderr:
