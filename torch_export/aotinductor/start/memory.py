@@ -16,7 +16,8 @@ class HostMemory:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         nbytes = max(Tensor(0, shape, dtype).nbytes, 1)
-        pages = mmap.mmap(-1, nbytes)  # zeros, and memory only where they are touched
+        # zeros, and memory only where they are touched
+        pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         return Tensor(address, shape, dtype, pages)
 

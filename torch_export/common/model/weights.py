@@ -179,8 +179,9 @@ def _start_on_host(stored: Mapping[str, Stored], dtype: str | None, convert: Con
     mapped = {one: map_tensor(one) for one in stored.values()}
     others = {n: one for n, one in stored.items() if target_dtype(one, dtype) != one.dtype}
     offsets, total = device_layout(others, dtype)
-    pages = mmap.mmap(-1, max(total, 1))
-    with suppress(OSError):  # of 2 MiB each, where there are such: few faults on the way
+    # private: shared ones, Python's default, are never of 2 MiB, of which a token reads faster
+    pages = mmap.mmap(-1, max(total, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # where there are such
         pages.madvise(mmap.MADV_HUGEPAGE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     places = mapped | {
