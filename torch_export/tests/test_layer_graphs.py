@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from aotinductor.build import layer_graphs, layer_package
 from aotinductor.build.compiler import compile_program
 from aotinductor.build.layer_graphs import export_program, make_programs
-from aotinductor.build.torch_steps import torch_steps
+from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
 from aotinductor.lengths import make_bounds
@@ -56,7 +56,7 @@ def engine_of(model, programs: dict) -> KvEngine:
     widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
     state = State.make(memory, cache, *widths)
     weights = dict(model.named_parameters())
-    return KvEngine(torch_steps(programs, details, weights, state, memory), state, cache, memory)
+    return KvEngine(TorchSteps(programs, details, weights, state, memory), state, cache, memory)
 
 
 def uncompiled_engine(model) -> KvEngine:

@@ -11,7 +11,7 @@ import torch
 from aotinductor.build.base_package import BaseGraph, compile_base_package
 from aotinductor.build.layer_graphs import make_programs
 from aotinductor.build.layer_package import cache_shape, compile_layer_package, describe_package
-from aotinductor.build.torch_steps import torch_steps
+from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
@@ -100,7 +100,7 @@ def _torch_compiled(
     }
     state, memory = make_state(details, cache, target)
     weights = dict(model.named_parameters())
-    engine = KvEngine(torch_steps(compiled, details, weights, state, memory), state, cache, memory)
+    engine = KvEngine(TorchSteps(compiled, details, weights, state, memory), state, cache, memory)
     if target.device == "cuda" and opening.wish.cuda_graph is not False:
         engine.capture()
     return engine

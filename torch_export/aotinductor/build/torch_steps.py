@@ -1,85 +1,85 @@
-"""Steps of programs that torch compiled in this process, over the state and loop of a package's."""
+"""Steps of programs that torch compiled in this process, over the state of a package's engine."""
 
 import ctypes
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from aotinductor.native.compile import compile_steps
-from aotinductor.start.c_interface import DTYPES, open_library, open_libtorch
 from aotinductor.start.kv_engine import State
 from aotinductor.start.loading import EMBEDDING
-from aotinductor.start.memory import Memory
-from aotinductor.start.steps import PackageSteps
+from aotinductor.start.memory import GpuMemory, Memory
+from aotinductor.start.steps import DECODE, PREFILL
 from common.model.weights import Tensor
 
-Function = Callable[..., object]
 
+class TorchSteps:
+    """What a `KvEngine` steps with, as `PackageSteps`; each program is a function of tensors."""
 
-def torch_steps(
-    functions: Mapping[str, Function], details: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor], state: State, memory: Memory,
-) -> PackageSteps:  # fmt: skip
-    """Return what a `KvEngine` steps with; `details` as the metadata of a package has them.
-
-    A program is a function of its inputs' tensors, in order, and writes into them.
-    """
-    interface = open_libtorch(memory.device == "cuda")
-    dtypes = {DTYPES[name]: name for name in set(details["dtypes"].values())}
-    calls: Any = _Calls(list(functions.values()), dtypes, weights.values(), memory.device)
-    # where a package's programs have addresses, these have numbers
-    programs: Any = {
-        name: SimpleNamespace(handle=ctypes.c_void_p(number), run=ctypes.c_void_p())
-        for number, name in enumerate(functions)
-    }
-    tensors = {name: _as_c_sees_it(weight) for name, weight in weights.items()}
-    libraries = (calls, interface)
-    steps = PackageSteps(programs, details["programs"], tensors, state, memory, libraries)
-    steps.rotate_with(**details["rope"])
-    steps.embed_with(_as_c_sees_it(weights[EMBEDDING].cpu()), details["dtypes"]["hidden"])
-    return steps
-
-
-class _Calls:
-    """libllama_steps.so, but that a step's calls are of functions of Python."""
+    takes_prompts = True
 
     def __init__(
-        self, functions: Sequence[Function], dtypes: Mapping[int, str],
-        weights: Iterable[torch.Tensor], device: str,
+        self, functions: Mapping[str, Callable[..., object]], details: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor], state: State, memory: Memory,
     ):  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="llama-native-") as folder:
-            library = open_library(str(compile_steps(Path(folder))))
-        self.llama_rows, self.llama_rotations = library.llama_rows, library.llama_rotations
-        self._functions, self._dtypes, self._device = functions, dtypes, device
-        # the weights themselves: of parameters torch knows that their sizes never change
-        self._views = {(one.data_ptr(), *one.shape): one for one in weights}
+        """`details` as the metadata of a package has them. A function writes into its inputs."""
+        self._functions, self._inputs = functions, details["programs"]
+        self._embedding, self._stream = weights[EMBEDDING].detach(), None
+        if isinstance(memory, GpuMemory):
+            self._stream = torch.cuda.ExternalStream(memory.stream.handle.value)
+        views: dict[str, Any] = {
+            name: torch_view(one, memory.device) if isinstance(one, Tensor)
+            else [torch_view(table, memory.device) for table in one]
+            for name, one in state._asdict().items()
+        }  # fmt: skip
+        names = {name for inputs in self._inputs.values() for name in inputs if "." in name}
+        # what the programs of each layer are given, by the names of their inputs
+        self._given: list[dict[str, torch.Tensor]] = [
+            views
+            | {name: weights[name.format(layer=layer)] for name in names}
+            | {"keys": views["keys"][layer], "values": views["values"][layer]}
+            for layer in range(len(state.keys))
+        ]
+        self._rotate_with(**details["rope"])
+
+    def _rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
+        rope = self._given[0]["rope"]  # (2, slots, head_dim): cosines, and signed sines
+        angles = torch.outer(torch.arange(rope.shape[1]), torch.tensor(inv_freq))
+        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+        with self._on_stream():
+            rope.copy_(torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]))
+
+    def embed(self, token_ids: Sequence[int], name: str) -> None:
+        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
+        place = self._given[0][name].view(-1, self._embedding.shape[1])
+        with self._on_stream():
+            ids = torch.tensor(token_ids, device=place.device)
+            place[: len(ids)] = self._embedding[ids]
+
+    def prefill(self, length: int, padded: int) -> None:
+        state = self._given[0]
+        hidden = state["hidden"][0]  # (slots, hidden)
+        with self._on_stream():
+            state["position"].fill_(length - 1)  # the head counts the last token itself
+            for given in self._given:
+                self._call(PREFILL, given | {"hidden": hidden[:padded][None]})
+            state["row"].copy_(hidden[length - 1])
+            self._call(DECODE[1], state)
+
+    def decode(self, rows: int) -> None:
+        with self._on_stream():
+            for given in self._given:
+                in_use = {name: given[name][:rows] for name in ("keys", "values")}
+                self._call(DECODE[0], given | in_use)
+            self._call(DECODE[1], self._given[0])
 
     @torch.no_grad()
-    def llama_step(
-        self, create, drop, device_type, device_index, calls, containers, runs, counts, inputs,
-        stream,
-    ) -> int:  # fmt: skip
-        """As steps.cpp's."""
-        operands = (pointer.contents for pointer in inputs)
-        external = stream and torch.cuda.ExternalStream(stream.value)
-        with torch.cuda.stream(external) if external else nullcontext():
-            for number, count in zip(containers, counts, strict=True):
-                tensors = [self._view(next(operands)) for _ in range(count)]
-                self._functions[number or 0](*tensors)
-        return 0
+    def _call(self, program: str, given: Mapping[str, torch.Tensor]) -> None:
+        self._functions[program](*[given[name] for name in self._inputs[program]])
 
-    def _view(self, operand) -> torch.Tensor:
-        """Return the same memory as torch sees it."""
-        key = (operand.data, *operand.sizes[: operand.dims])
-        if key not in self._views:
-            tensor = Tensor(operand.data, key[1:], self._dtypes[operand.dtype])
-            self._views[key] = torch_view(tensor, self._device)
-        return self._views[key]
+    def _on_stream(self) -> AbstractContextManager:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
 
 def torch_view(tensor: Tensor, device: str) -> torch.Tensor:
@@ -96,8 +96,3 @@ def torch_view(tensor: Tensor, device: str) -> torch.Tensor:
         }  # fmt: skip
 
     return torch.as_tensor(Bytes(), device=device).view(dtype).view(tensor.shape)
-
-
-def _as_c_sees_it(tensor: torch.Tensor) -> Tensor:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Tensor(tensor.data_ptr(), tuple(tensor.shape), dtype, tensor)
