@@ -5,14 +5,13 @@ digest of the files that it came from, in an artifact's metadata for the checkpo
 built from, and for any other in the user's cache.
 """
 
+import ctypes
 import fnmatch
 import hashlib
 import json
-import mmap
 import os
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 from common.cli import Console
 from common.errors import EnvironmentProblemError, UsageError
 from common.machine import package_version
-from common.model.stored import Stored, list_stored
+from common.model.stored import Stored, damaged, list_stored
+from common.model.weights import map_tensor
 
 _HUB_FILES = [
     "*.json", "*.jinja", "model.safetensors", "model-*-of-*.safetensors", "tokenizer.model",
@@ -32,7 +32,6 @@ _ASKED_FILES = (
 )  # fmt: skip
 # raised when an answer of `ask_transformers` has other fields or another meaning
 RESOLVER = 2
-_CHUNK_BYTES = 1 << 24
 
 
 class Checkpoint:
@@ -142,7 +141,8 @@ class Checkpoint:
         one, two = self._held[name], self._held[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return True
-        return any(a != b for a, b in zip(_chunks(one), _chunks(two), strict=True))
+        places = [ctypes.c_void_p(map_tensor(held).address) for held in (one, two)]
+        return ctypes.CDLL(None).memcmp(*places, ctypes.c_size_t(one.nbytes)) != 0
 
 
 _CONVERT = (
@@ -225,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError("no object")
         return found
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged ({error}): download it again") from error
+        raise damaged(path, error) from error
 
 
 def _download(model_id: str) -> Path:
@@ -319,12 +319,3 @@ def _remember(answer: dict[str, Any]) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _chunks(tensor: Stored) -> Iterator[memoryview | bytes]:
-    with ExitStack() as stack:
-        file = stack.enter_context(open(tensor.path, "rb"))
-        mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        end = tensor.begin + tensor.nbytes
-        for begin in range(tensor.begin, end, _CHUNK_BYTES):
-            yield mapped[begin : min(begin + _CHUNK_BYTES, end)]

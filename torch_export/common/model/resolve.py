@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import EnvironmentProblemError, UsageError
 from common.machine import package_version
+from common.model.stored import damaged
 
 
 def _words(text: str) -> frozenset[str]:
@@ -277,7 +278,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     try:
         stored = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more special
-        raise UsageError(f"{path} is damaged ({error}): download it again") from error
+        raise damaged(path, error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

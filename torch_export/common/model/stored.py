@@ -14,7 +14,6 @@ _DTYPES = {
     "U8": ("uint8", 1), "BOOL": ("bool", 1),
 }  # fmt: skip
 _ITEM_BYTES = dict(_DTYPES.values())
-_AGAIN = "download it again"
 
 
 class Stored(NamedTuple):
@@ -52,7 +51,7 @@ def list_stored(folder: Path) -> dict[str, Stored]:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
             shards = [folder / name for name in sorted(names)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{index} is damaged ({_words(error)}): {_AGAIN}") from error
+            raise damaged(index, error) from error
     else:
         shards = []
     return {name: tensor for path in shards for name, tensor in read_header(path).items()}
@@ -77,9 +76,9 @@ def read_header(path: Path, begin: int = 0) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         return {name: _parse_entry(path, name, entry, data, size) for name, entry in header.items()}
     except FileNotFoundError as error:
-        raise UsageError(f"{path} is named in its index and not there: {_AGAIN}") from error
+        raise damaged(path, "its index names it, and it is not there") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({_words(error)}): {_AGAIN}") from error
+        raise damaged(path, error) from error
 
 
 def _parse_entry(path: Path, name: str, entry: dict, data: int, size: int) -> Stored:
@@ -97,5 +96,7 @@ def _parse_entry(path: Path, name: str, entry: dict, data: int, size: int) -> St
     return stored
 
 
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def damaged(path: Path, error: Exception | str) -> UsageError:
+    """Return what to raise for a file of a checkpoint that `error` says cannot be read."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return UsageError(f"{path} is damaged ({words}): download it again")

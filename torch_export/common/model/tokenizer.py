@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import PromptFlags
 from common.errors import UsageError
 from common.model.checkpoint import Checkpoint
+from common.model.stored import damaged
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -205,7 +206,7 @@ def load_codec(checkpoint: Checkpoint) -> TextCodec:
             sections = sections | changes | {"model": model}
             tokenizer = Tokenizer.from_str(json.dumps(sections))
     except Exception as error:  # tokenizers raises nothing more special
-        raise UsageError(f"{path} is damaged ({error}): download it again") from error
+        raise damaged(path, error) from error
     # what a trainer stored there is no part of encoding a prompt
     tokenizer.no_truncation()
     tokenizer.no_padding()
