@@ -38,14 +38,14 @@ std::unique_ptr<Tensor> filled(std::vector<int64_t> sizes, int32_t dtype) {
   auto tensor = llama::empty_tensor(sizes.size(), sizes.data(), strides.data(), dtype, {});
   for (int64_t i = 0; i < tensor->elements(); i++) {
     const float value = static_cast<float>((i * 7919 + 13) % 251) / 125 - 1;
-    llama::store_floats(&value, 1, tensor->data() + i * tensor->element_bytes(), dtype, 1);
+    llama::store_floats(&value, 1, tensor->data() + i * tensor->element_bytes(), dtype);
   }
   return tensor;
 }
 
 float at(const Tensor& tensor, int64_t element) {
   float value;
-  llama::load_floats(tensor.data() + element * tensor.element_bytes(), tensor.dtype, 1, 1, &value);
+  llama::load_floats(tensor.data() + element * tensor.element_bytes(), tensor.dtype, 1, &value);
   return value;
 }
 

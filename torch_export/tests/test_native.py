@@ -130,11 +130,10 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor) ->
 
 @few
 @given(dtypes, st.integers(1, 60), st.integers(1, 1100), st.integers(1, 60), st.integers(0, 3),
-       st.booleans(), st.sampled_from([None, "row", "one", "each"]))  # fmt: skip
-def test_products_are_torchs(runtime, dtype, n, k, r, gap, transposed, added):
+       st.sampled_from([None, "row", "one", "each"]))  # fmt: skip
+def test_products_are_torchs(runtime, dtype, n, k, r, gap, added):
     torch.manual_seed(n * k + r)
-    left, weights = spread((n, k), dtype, gap), spread((r, k), dtype, 2 * gap)
-    right = weights.t() if transposed else weights.t().contiguous()
+    left, right = spread((n, k), dtype, gap), spread((r, k), dtype, 2 * gap).t()
     out = spread((n, r), dtype, gap)
     exact = left.double() @ right.double()
     scale = left.double().abs() @ right.double().abs()
@@ -176,17 +175,19 @@ def test_what_does_not_fit_is_an_error_of_one_line(runtime, capfd):
     product, nothing = "aoti_torch_cpu_mm_out", ctypes.c_void_p()
     assert runtime.call(product, torch.zeros(3, 6), a, b) == 1
     assert runtime.call(product, torch.zeros(3, 5), a, a) == 1
-    assert runtime.call(product, half, a, b) == 1
+    assert runtime.call(product, half, a, b.t().contiguous().t()) == 1
+    assert runtime.call(product, torch.zeros(3, 5), a, b) == 1  # b is not contiguous along a's rows
     assert runtime.call(product, torch.zeros(3), a, b) == 1
     assert runtime.call(product, nothing, a, b) == 1
     factors = (ctypes.c_double(1), ctypes.c_double(1))
-    assert runtime.call("aoti_torch_cpu_addmm_out", torch.zeros(3, 5), a, a, b, *factors) == 1
+    columns = b.t().contiguous().t()
+    assert runtime.call("aoti_torch_cpu_addmm_out", torch.zeros(3, 5), a, a, columns, *factors) == 1
     heads, other = torch.zeros(1, 3, 5, 4), torch.zeros(1, 2, 5, 4)
     results = [ctypes.byref(ctypes.c_void_p()) for _ in range(2)]
     rest = (ctypes.c_double(0), 1, None, ctypes.byref(ctypes.c_double(1)), *results)
     assert runtime.call(ATTENTION, heads, other, other, *rest) == 1
     assert runtime.call(ATTENTION, heads, heads, other, *rest) == 1
-    assert len(capfd.readouterr().err.splitlines()) == 8
+    assert len(capfd.readouterr().err.splitlines()) == 9
 
 
 class StepTensor(ctypes.Structure):
@@ -291,10 +292,7 @@ def test_what_the_runtime_library_lacks_is_named(libraries):
     assert missing_symbols(program, library) == ["aoti_torch_cpu_convolution"]
 
 
-def test_a_compiler_that_is_missing_or_fails_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(EnvironmentProblemError, match="no-such-compiler is not on PATH"):
-        native.compile_native(tmp_path, "cpu")
+def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(EnvironmentProblemError, match="cannot compile libllama_runtime.so"):
         native.compile_native(tmp_path, "cpu")

@@ -61,7 +61,7 @@ struct Problem {
 void load_row(const Tensor& heads, int64_t head, int64_t position, float* to) {
   const int64_t at = head * heads.strides[1] + position * heads.strides[2];
   const char* from = heads.data() + at * heads.element_bytes();
-  load_floats(from, heads.dtype, heads.strides[3], heads.sizes[3], to);
+  load_floats(from, heads.dtype, heads.sizes[3], to);
 }
 
 // What one thread works with: some queries of the heads that share a KV head, as rows, against one
@@ -139,7 +139,7 @@ class Task {
     float* seen = &seen_[row * padded_width_];
     for (int64_t i = 0; i < width_; i++) seen[i] /= sums_[row];
     char* place = problem_.seen.data() + line * width_ * problem_.seen.element_bytes();
-    store_floats(seen, width_, place, problem_.seen.dtype, 1);
+    store_floats(seen, width_, place, problem_.seen.dtype);
     reinterpret_cast<float*>(problem_.sums.data())[line] = largest_[row] + std::log(sums_[row]);
   }
 
@@ -152,8 +152,8 @@ class Task {
   std::vector<float> largest_, sums_;          // (rows,)
 };
 
-// query (1, heads, n, width), key and value (1, kv_heads, n, width), any strides; query i sees keys
-// 0 to i. `seen` (1, heads, n, width) over memory of (n, heads, width), and `sums`, the logarithm
+// query (1, heads, n, width), key and value (1, kv_heads, n, width), each row contiguous; query i
+// sees keys 0 to i. `seen` (1, heads, n, width) over memory of (n, heads, width), and `sums`, the logarithm
 // of each query's sum of exponentials, (1, heads, n) float32 over (n, heads), are new.
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
             Tensor** seen, Tensor** sums) {
@@ -163,6 +163,8 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, double 
   require(query.sizes[0] == 1 && std::equal(fitting, fitting + 4, key.sizes) &&
               std::equal(fitting, fitting + 4, value.sizes),
           "the shapes of attention don't fit");
+  require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1,
+          "attention takes contiguous rows");
   require(kv_heads > 0 && heads % kv_heads == 0, "heads don't share KV heads evenly");
   require(is_floating(query.dtype) && key.dtype == query.dtype && value.dtype == query.dtype,
           "attention takes float32, bfloat16 or float16, all the same");

@@ -47,63 +47,44 @@ inline bool is_floating(int32_t dtype) {
   return dtype == kFloat32 || dtype == kBfloat16 || dtype == kFloat16;
 }
 
-// Read `count` elements of `dtype`, `stride` elements apart, as float32.
-inline void load_floats(const void* from, int32_t dtype, int64_t stride, int64_t count, float* to) {
-  const auto* floats = static_cast<const float*>(from);
+// Read `count` elements of a floating-point dtype as float32.
+inline void load_floats(const void* from, int32_t dtype, int64_t count, float* to) {
   const auto* halves = static_cast<const uint16_t*>(from);
   int64_t i = 0;
-  if (stride == 1) {  // a loop of its own is one of vectors
-    if (dtype == kFloat32) {
-      std::copy_n(floats, count, to);
-      return;
-    }
-    if (dtype == kBfloat16) {
-      for (; i < count; i++) to[i] = from_bfloat16(halves[i]);
-    }
+  if (dtype == kFloat32) {
+    std::copy_n(static_cast<const float*>(from), count, to);
+    return;
+  }
+  if (dtype == kBfloat16) {
+    for (; i < count; i++) to[i] = from_bfloat16(halves[i]);
+  }
 #if defined(__x86_64__)
-    for (; i + 8 <= count; i += 8) {  // compilers don't find this instruction by themselves
-      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
-    }
+  for (; i + 8 <= count; i += 8) {  // compilers don't find this instruction by themselves
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
+  }
 #endif
-  }
-  for (; i < count; i++) {
-    const int64_t at = i * stride;
-    to[i] = dtype == kFloat32    ? floats[at]
-            : dtype == kBfloat16 ? from_bfloat16(halves[at])
-                                 : from_float16(halves[at]);
-  }
+  for (; i < count; i++) to[i] = from_float16(halves[i]);
 }
 
 // Write them, rounded to the nearest.
-inline void store_floats(const float* from, int64_t count, void* to, int32_t dtype,
-                         int64_t stride) {
-  auto* floats = static_cast<float*>(to);
+inline void store_floats(const float* from, int64_t count, void* to, int32_t dtype) {
   auto* halves = static_cast<uint16_t*>(to);
   int64_t i = 0;
-  if (stride == 1) {
-    if (dtype == kFloat32) {
-      std::copy_n(from, count, floats);
-      return;
-    }
-    if (dtype == kBfloat16) {
-      for (; i < count; i++) halves[i] = to_bfloat16(from[i]);
-    }
+  if (dtype == kFloat32) {
+    std::copy_n(from, count, static_cast<float*>(to));
+    return;
+  }
+  if (dtype == kBfloat16) {
+    for (; i < count; i++) halves[i] = to_bfloat16(from[i]);
+  }
 #if defined(__x86_64__)
-    for (; i + 8 <= count; i += 8) {
-      const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), eight);
-    }
+  for (; i + 8 <= count; i += 8) {
+    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), eight);
+  }
 #endif
-  }
-  for (; i < count; i++) {
-    const int64_t at = i * stride;
-    if (dtype == kFloat32) {
-      floats[at] = from[i];
-    } else {
-      halves[at] = dtype == kBfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
-    }
-  }
+  for (; i < count; i++) halves[i] = to_float16(from[i]);
 }
 
 // Less work than this is done before a second thread has begun: some 50 microseconds.

@@ -29,10 +29,10 @@ EXPORTED void llama_convert(const void* from, int32_t stored, void* to, int32_t 
     if (stored == kFloat64) {
       std::copy_n(reinterpret_cast<const double*>(place), part, piece);
     } else {
-      llama::load_floats(place, stored, 1, part, piece);
+      llama::load_floats(place, stored, part, piece);
     }
     char* target = static_cast<char*>(to) + begin * element_bytes(wanted);
-    llama::store_floats(piece, part, target, wanted, 1);
+    llama::store_floats(piece, part, target, wanted);
   }
 }
 

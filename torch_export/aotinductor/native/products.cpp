@@ -84,26 +84,24 @@ struct Copies {
 thread_local Copies copied;
 
 // Return elements [begin, begin + depth) of `count` rows, and the stride between rows: in place, or
-// copied to `buffer` where they are of another dtype, apart from each other, or not whole vectors:
-// zeros fill the last one. Rows lie along `dim` of the matrix.
+// copied to `buffer` where they are of another dtype or not whole vectors: zeros fill the last one.
+// Rows lie along `dim` of the matrix.
 template <class Lanes>
 auto fetch(const Tensor& matrix, int dim, int64_t first, int64_t count, int64_t begin,
            int64_t depth, float* buffer) {
   using Element = typename Lanes::Element;
-  const int64_t row_stride = matrix.strides[dim], stride = matrix.strides[1 - dim];
+  const int64_t row_stride = matrix.strides[dim];
   const int64_t bytes = matrix.element_bytes();  // of the three dtypes, float32 alone has 4
-  const char* data = matrix.data() + (first * row_stride + begin * stride) * bytes;
+  const char* data = matrix.data() + (first * row_stride + begin) * bytes;
   const auto* rows = reinterpret_cast<const Element*>(data);
-  if (bytes == sizeof(Element) && stride == 1 && depth % Lanes::kLanes == 0) {
-    return std::pair(rows, row_stride);
-  }
+  if (bytes == sizeof(Element) && depth % Lanes::kLanes == 0) return std::pair(rows, row_stride);
   Element* copies = reinterpret_cast<Element*>(buffer);
   for (int64_t r = 0; r < count; r++) {
     Element* copy = copies + r * kBlockDepth;
     if constexpr (sizeof(Element) == sizeof(float)) {
-      load_floats(data + r * row_stride * bytes, matrix.dtype, stride, depth, copy);
+      load_floats(data + r * row_stride * bytes, matrix.dtype, depth, copy);
     } else {
-      for (int64_t i = 0; i < depth; i++) copy[i] = rows[r * row_stride + i * stride];
+      std::copy_n(rows + r * row_stride, depth, copy);
     }
     std::fill(copy + depth, copy + rounded_up(depth, Lanes::kLanes), Element());
   }
@@ -115,12 +113,9 @@ void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const T
                    float beta, float alpha) {
   const int64_t n = out.sizes[0], k = left.sizes[1], r = out.sizes[1];
   const int64_t bytes = out.element_bytes();
-  int64_t added_strides[] = {0, 0};  // of what is broadcast
-  if (added != nullptr) {
-    const int64_t last = added->dims - 1;
-    if (added->sizes[last] != 1) added_strides[1] = added->strides[last];
-    if (last == 1 && added->sizes[0] != 1) added_strides[0] = added->strides[0];
-  }
+  // of one row that is added to all, or of one for each
+  const bool one_row = added == nullptr || added->dims == 1 || added->sizes[0] == 1;
+  const int64_t added_stride = one_row ? 0 : added->strides[0];
 #pragma omp parallel for collapse(2) schedule(dynamic) if (2.0 * n * k * r > kOneThreadOperations)
   for (int64_t row = 0; row < r; row += kBlockRows) {
     for (int64_t token = 0; token < n; token += kBlockTokens) {
@@ -140,12 +135,12 @@ void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const T
       for (int64_t t = 0; t < tokens; t++) {
         float* line = sums + t * kBlockRows;
         if (added != nullptr) {
-          const int64_t at = (token + t) * added_strides[0] + row * added_strides[1];
-          load_floats(added->data() + at * bytes, added->dtype, added_strides[1], rows, terms);
+          const int64_t at = (token + t) * added_stride + row;
+          load_floats(added->data() + at * bytes, added->dtype, rows, terms);
         }
         for (int64_t i = 0; i < rows; i++) line[i] = alpha * line[i] + beta * terms[i];
-        const int64_t at = (token + t) * out.strides[0] + row * out.strides[1];
-        store_floats(line, rows, out.data() + at * bytes, out.dtype, out.strides[1]);
+        const int64_t at = (token + t) * out.strides[0] + row;
+        store_floats(line, rows, out.data() + at * bytes, out.dtype);
       }
     }
   }
@@ -163,9 +158,9 @@ Multiply choose(int32_t dtype) {
   return multiply_with<Floats8>;
 }
 
-// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, broadcast, or null for nothing.
-// Any strides; fastest where both are contiguous along k, as hidden rows and a checkpoint's weights
-// are.
+// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, a row or one for each of n, or
+// null for nothing. Contiguous along r, and left and right along k, as hidden rows and a
+// checkpoint's weights are.
 void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
               double beta, double alpha) {
   require(out.dims == 2 && left.dims == 2 && right.dims == 2, "a product takes matrices");
@@ -174,13 +169,13 @@ void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor
           "the shapes of a product don't fit");
   require(is_floating(out.dtype) && left.dtype == out.dtype && right.dtype == out.dtype,
           "a product takes float32, bfloat16 or float16, all the same");
+  require(left.strides[1] == 1 && right.strides[0] == 1 && out.strides[1] == 1,
+          "a product takes contiguous rows, and columns of what is on the right");
   if (added != nullptr) {
     const int64_t last = added->dims - 1;
-    const auto fits = [&](int64_t dim, int64_t size) {
-      return added->sizes[dim] == 1 || added->sizes[dim] == size;
-    };
-    require(added->dtype == out.dtype && (last == 0 || last == 1) && fits(last, r) &&
-                (last == 0 || fits(0, n)),
+    require(added->dtype == out.dtype && (last == 0 || last == 1) && added->sizes[last] == r &&
+                added->strides[last] == 1 &&
+                (last == 0 || added->sizes[0] == 1 || added->sizes[0] == n),
             "what is added to a product doesn't fit");
   }
   choose(out.dtype)(out, left, right, added, static_cast<float>(beta), static_cast<float>(alpha));
