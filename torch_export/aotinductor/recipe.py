@@ -1,5 +1,6 @@
 """What a package was built for, and whether this run is that."""
 
+import ctypes
 import hashlib
 import os
 from typing import Any
@@ -11,9 +12,9 @@ from common.artifact.manifest import Difference, Manifest, differences, model_di
 from common.model.checkpoint import Checkpoint
 from common.model.stored import Stored
 from common.model.target import Target
+from common.model.weights import map_tensor
 
 COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
-_CHUNK_BYTES = 1 << 20
 
 
 def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
@@ -104,13 +105,9 @@ def files_identity(checkpoint: Checkpoint) -> str | None:
 
 
 def _content_digest(tensor: Stored) -> str:
-    digest, left = hashlib.sha256(), tensor.nbytes
-    with open(tensor.path, "rb", buffering=0) as file:
-        file.seek(tensor.begin)
-        while left and (piece := file.read(min(_CHUNK_BYTES, left))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()
+    mapped = map_tensor(tensor)
+    content = (ctypes.c_char * mapped.nbytes).from_address(mapped.address)
+    return hashlib.sha256(content).hexdigest()
 
 
 def machine_of(device: str) -> dict[str, Any]:

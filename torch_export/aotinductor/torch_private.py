@@ -55,11 +55,6 @@ def package_aoti(path: Path, files: Mapping[str, list[str]]) -> None:
     find("torch._inductor.package", "package_aoti")(str(path), dict(files))
 
 
-def record_offset(path: Path, record: str) -> int:
-    """Return where a record of a `.pt2` begins in the file."""
-    return find("torch._C", "PyTorchFileReader")(str(path)).get_record_offset(record)
-
-
 def flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:

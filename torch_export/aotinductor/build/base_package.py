@@ -1,7 +1,6 @@
 """The base graph, `forward(input_ids, attention_mask) -> logits`: exported, compiled, packaged.
 
-It has no state. Every new token costs a pass over all tokens before it, and in return one exported
-graph of two plain tensors is the whole model, which torch's plain loader opens.
+torch's plain loader opens it; how it is served, `start.base_engine` says.
 """
 
 import re
@@ -17,6 +16,7 @@ from aotinductor.build.compiler import compile_program, example_and_dim
 from aotinductor.lengths import Bounds
 from aotinductor.native.compile import compile_steps
 from aotinductor.start.base_engine import Constant
+from aotinductor.start.package import Package
 
 PLAIN_MODEL = "model"  # the name that aoti_load_package looks for by itself
 _CODE_ONLY = {"aot_inductor.package_constants_in_so": False}
@@ -86,14 +86,14 @@ def find_behind_library(path: Path) -> dict[str, int]:
     The runtime reads them one after the other from the end of the library's file, in the order and
     with the sizes of the generated constructor, which is in the package too.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         files = [name for name in archive.namelist() if f"/aotinductor/{PLAIN_MODEL}/" in name]
         (library,) = (name for name in files if name.endswith(".so"))
         (source,) = (name for name in files if name.endswith(".wrapper.cpp"))
         constructor = archive.read(source).decode()
-        end = archive.getinfo(library).file_size - 8  # a magic number is the last
+        end = Package(file, []).offset_of(library.partition("/")[2])
+        end += archive.getinfo(library).file_size - 8  # a magic number is the last
     declared = r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"'
-    end += torch_private.record_offset(path, library.partition("/")[2])
     offsets = {}
     for size, name in reversed(re.findall(declared, constructor, re.DOTALL)):
         end -= int(size)

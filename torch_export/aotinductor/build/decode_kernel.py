@@ -127,17 +127,9 @@ def attend_kernel(
 
 @triton_op("llama::attend", mutates_args={"keys", "values"})
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    rope: Tensor,
-    norms: list[Tensor],
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, rope: Tensor,
+    norms: list[Tensor], scale: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernel for q (heads * head_dim,), k and v (kv_heads * head_dim,) of one token.
 
     Writes slot `position` (1,) of the layer's tables, keys and values (rows, kv_heads * head_dim);

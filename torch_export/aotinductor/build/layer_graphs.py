@@ -11,10 +11,6 @@ is a loop over them. Which tensors a call takes, and in which order, is data: `P
     rope      (2, slots, head_dim) float32  cosines and signed sines; only read
     keys      (rows, kv_heads * head_dim)  of the layer that is called; values alike
     logits    (1, vocab) float32  of the newest step
-
-Why padding and stale slots leave no trace: prefill is causal and padded on the right, so no true
-token sees a pad; decode overwrites slot `position` before it looks, and sees slots <= `position`
-only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
