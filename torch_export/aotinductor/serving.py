@@ -61,7 +61,7 @@ def set_up(
     if settings.mode != "load":
         generate, watch = serve_without_package(settings, opening, stages, console)
         return generate, None, watch
-    engine = opening.warmed_up_with(padded).load(console, stages.close)
+    engine = opening.load(console, stages.close, padded)
     return generate_with(engine.tokens, settings), engine.artifact, None
 
 
@@ -77,8 +77,7 @@ def open_run(settings: RunSettings, console: Console) -> Opening:
             "--cuda-graph captures the decode step of a package with a KV cache on a CUDA GPU: "
             f"this is {'the base graph' if plan.slots is None else 'a CPU'}"
         )
-    wish = opening.wish._replace(library=loading.library, cuda_graph=loading.cuda_graph)
-    return opening._replace(wish=wish)
+    return opening._replace(library=loading.library, capture=loading.cuda_graph is not False)
 
 
 def serve_without_package(

@@ -53,32 +53,21 @@ def library(entries: dict[str, bytes]) -> str:
 def spoilt(entries: dict[str, bytes]) -> dict[str, bytes]:
     """Return packages by what is wrong with them."""
     so = library(entries)
-    root, folder = so.partition("/")[0], so.split("/")[-2]
+    folder = so.split("/")[-2]
     rest = {name: data for name, data in entries.items() if name != so}
     moved = {name.replace(f"/{folder}/", "/other/"): data for name, data in entries.items()}
     steps = next(name for name in entries if name.endswith("/libllama_steps.so"))
-    whole = zipped(entries)
     return {
-        "no zip": b"nothing like it" * 9,
-        "one byte": b"P",
         "no entry": zipped({}),
         "one entry": zipped({"hello.txt": b"hello"}),
         "one entry in a folder": zipped({"a/hello.txt": b"hello"}),
         "one entry with the library's name": zipped({so.rpartition("/")[2]: entries[so]}),
         "no library": zipped(rest),
-        "empty library": zipped({**rest, so: b""}),
-        "another library": zipped({**entries, f"{so}.so": b"x"}),
         "no native step": zipped({name: data for name, data in entries.items() if name != steps}),
         "another program": zipped(moved),
-        "a name that climbs": zipped({**entries, f"{root}/../../canary.so": b"x"}),
-        "a climbing library": zipped({**rest, f"{root}/programs/{folder}/../../x.so": b"x"}),
-        "an absolute name": zipped({**entries, "/tmp/canary-of-the-fault-tests": b"x"}),
-        "two folders": zipped({"elsewhere/a": b"x", **entries}),
         "no folder at all": zipped(
             {name.partition("/")[2]: data for name, data in entries.items()}
         ),
-        "no end": whole[:-30],
-        "no beginning": whole[len(whole) // 2 : -30],
     }
 
 
@@ -88,15 +77,6 @@ def test_another_zip_with_a_right_hash_is_never_run(pair, refusal):
         line = refusal(DAMAGED)
         assert "cannot be loaded (" in line, name
         assert "./build.sh" in line, name
-
-
-def test_a_library_that_is_none_is_refused_by_the_system(pair, refusal):
-    entries = unzipped(pair.path.read_bytes())
-    so = library(entries)
-    for content in (b"not a library", b"\x7fELF" * 99):
-        # as long as before: behind it lie weights at known offsets
-        put(pair, zipped({**entries, so: content.ljust(len(entries[so]), b"\0")}))
-        assert "./build.sh" in refusal(DAMAGED)
 
 
 def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
@@ -114,16 +94,6 @@ def test_sixty_random_selections_of_entries_are_refused(pair, refusal):
         refusal(DAMAGED)
 
 
-LENGTHS = [
-    {"recipe__min_seq_len": -1},
-    {"recipe__max_seq_len": "2048"},
-    {"recipe__max_seq_len": 4096},
-    {"recipe__dynamic_seq_multiple": 0},
-    {"recipe__dynamic_seq_multiple": ...},
-    {"recipe__buckets": []},
-    {"recipe__buckets": [3]},
-    {"recipe__dynamic_seq_len": None},
-]
 ROWS = [{"name": "model.norm.weight", "shape": [256], "dtype": "float32"}]
 OTHER_GRAPHS = {
     "base": [
@@ -132,7 +102,6 @@ OTHER_GRAPHS = {
         {"details__graphs": ["prefill", "decode"]},
         {"details__constants": []},
         {"details__constants": ROWS},
-        {"recipe__kv_cache": True, "recipe__max_cache_len": 64},
     ],
     "kv": [
         {"details__programs": ...},
@@ -143,15 +112,14 @@ OTHER_GRAPHS = {
         {"details__dtypes": ...},
         {"details__rope": {}},
         {"details__hidden_size": "256"},
-        {"recipe__kv_cache": False},
     ],
 }
-NEITHER = [{"details": {}}, {"recipe__kv_cache": ...}, {"recipe__embed_weights": ...}]
+NEITHER = [{"details": {}}, {"recipe__embed_weights": ...}]
 
 
 def test_metadata_that_describes_no_package_is_refused(kind, pair, refusal):
     before = pair.metadata_path.read_bytes()
-    for changes in (*LENGTHS, *OTHER_GRAPHS[kind], *NEITHER):
+    for changes in (*OTHER_GRAPHS[kind], *NEITHER):
         edit_metadata(pair, **changes)
         assert "./build.sh" in refusal(DAMAGED), changes
         pair.metadata_path.write_bytes(before)

@@ -11,10 +11,8 @@ from aotinductor.flags import APPROACH, BuildSettings
 from aotinductor.lengths import Plan, make_bounds
 from aotinductor.models import refuse_unsupported
 from aotinductor.recipe import files_identity, make_recipe
-from aotinductor.start.loading import Wish
 from common import machine
 from common.artifact import disk, manifest
-from common.artifact.disk import TrustFlags
 from common.cli import Console
 from common.compiler import toolchain
 from common.measure.measures import Stages, process_start
@@ -54,8 +52,8 @@ def build(settings: BuildSettings, console: Console) -> dict:
             how = (path, embed, settings.graph.max_autotune)
             found = compile_package(model, bounds, settings.slots, *how)
         with shown("verify"):
-            plan, wish = Plan(bounds), Wish(pair, TrustFlags())
-            engine = open_compiled(path, found, wish, target, plan, embed)
+            plan = Plan(bounds)
+            engine = open_compiled(path, found, target, plan, embed)
             checks = verify_package(engine, model, plan)
         details.update(found, verified=True, verification=checks)
         details["checkpoint"] = target.checkpoint.resolved

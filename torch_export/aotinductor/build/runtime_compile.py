@@ -16,14 +16,7 @@ from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
 from aotinductor.start.kv_engine import KvEngine
-from aotinductor.start.loading import (
-    Opening,
-    Source,
-    Wish,
-    assemble,
-    choose_library,
-    make_state,
-)
+from aotinductor.start.loading import Opening, Source, assemble, choose_library, make_state
 from common.cli import Console, SamplingFlags
 from common.compiler.toolchain import prepare_toolchain, quieten
 from common.model.eager import load_model
@@ -49,7 +42,7 @@ def compile_engine(
         with tempfile.TemporaryDirectory(prefix="llama-package-") as folder:
             path = Path(folder, "model.pt2")
             details = compile_package(model, plan.bounds, plan.slots, path, False, max_autotune)
-            engine = open_compiled(path, details, opening.wish, target, plan)
+            engine = open_compiled(path, details, target, plan, False, opening.capture)
     elif plan.slots is None:
         engine = _torch_compiled_base(model, plan, flags.compile_dynamic_seq_len, max_autotune)
     else:
@@ -68,15 +61,13 @@ def compile_package(
 
 
 def open_compiled(
-    path: Path, details: dict[str, Any], wish: Wish, target: Target, plan: Plan,
-    embedded: bool = False,
+    path: Path, details: dict[str, Any], target: Target, plan: Plan,
+    embedded: bool, capture: bool = True,
 ) -> KvEngine | BaseEngine:  # fmt: skip
     """Return an engine over a package that this process has just compiled."""
     with open(path, "rb") as file:
-        source = Source(file, path, details, embedded)
-        return assemble(
-            wish, target, plan, choose_library("auto", details), source, lambda stage: None
-        )
+        source, library = Source(file, path, details, embedded), choose_library("auto", details)
+        return assemble(source, target, plan, library, capture)
 
 
 def _torch_compiled(
@@ -101,7 +92,7 @@ def _torch_compiled(
     state, memory = make_state(details, cache, target)
     weights = dict(model.named_parameters())
     engine = KvEngine(TorchSteps(compiled, details, weights, state, memory), state, cache, memory)
-    if target.device == "cuda" and opening.wish.cuda_graph is not False:
+    if target.device == "cuda" and opening.capture:
         engine.capture()
     return engine
 

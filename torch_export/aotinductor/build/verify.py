@@ -95,7 +95,7 @@ def compare_logits(settings: RunSettings, flags: EquivalenceFlags, console: Cons
     steps, lengths = flags.logit_steps, flags.logit_prompt_lengths
     for length in lengths:
         plan.check_request(length, steps)
-    engine = opening.warmed_up_with(plan.padded(lengths[0])).load(console).generator
+    engine = opening.load(console, warm_up_tokens=plan.padded(lengths[0])).generator
     reference, eager = load_model(target, "float32"), load_model(target)
     rows = []
     for length in console.bar(lengths, "logits", "prompt"):

@@ -7,14 +7,14 @@ graph of two plain tensors is the whole model.
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from aotinductor.start.c_interface import Interface, Program, address_of, new_handle
-from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_integers
+from aotinductor.start.c_interface import Interface, Program, address_of, check, new_handle
+from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_numbers
 from common.model.stored import Stored
-from common.model.weights import Convert, Tensor, target_dtype
+from common.model.weights import Tensor
 
 # The graph, called: (ids, mask, rows) -> the logits (rows, vocab) float32 of some rows, for ids and
 # mask (padded,). By a package, or compiled at runtime.
@@ -39,14 +39,12 @@ class BaseProgram:
         inputs = (ctypes.c_void_p * 2)()
         for at, values in enumerate((ids, mask)):
             place = self._inputs[at]._replace(shape=(1, len(values)))
-            write_integers(memory, place, values)
+            write_numbers(memory, place, values)
             inputs[at] = new_handle(self._interface, device, place).value
         outputs = (ctypes.c_void_p * 1)()
         stream = memory.stream.handle if isinstance(memory, GpuMemory) else None
-        counts = (ctypes.c_size_t(2), ctypes.c_size_t(1))
-        handle = self._program.handle
-        if status := self._run(handle, inputs, counts[0], outputs, counts[1], stream, None):
-            raise RuntimeError(f"the graph failed with code {status}; what it said stands above")
+        two, one = ctypes.c_size_t(2), ctypes.c_size_t(1)
+        check(self._run(self._program.handle, inputs, two, outputs, one, stream, None), "the graph")
         output = ctypes.c_void_p(outputs[0])
         try:
             address = self._interface.data_pointer(output)
@@ -108,23 +106,14 @@ class Constant(NamedTuple):
     offset: int | None = None
 
 
-def read_constants(
-    details: dict[str, Any], memory: Memory, convert: Convert
-) -> tuple[list[Constant], dict[str, Tensor]]:
-    """Return the constants that lie elsewhere, and, as tensors, those that the metadata holds."""
-    rows = [Constant(**fields) for fields in details["constants"]]
+def write_values(constants: Iterable[Constant], memory: Memory) -> dict[str, Tensor]:
+    """Return those that the metadata holds, as tensors: float32, as rope frequencies are."""
     held = {}
-    for row in rows:
+    for row in constants:
         if row.values is not None:
-            count, place = len(row.values), memory.zeros(tuple(row.shape), row.dtype)
-            values = (ctypes.c_double * count)(*row.values)
-            source = (ctypes.addressof(values), "float64")
-            how = (row.dtype, count)
-            memory.fill(
-                place, place.nbytes, lambda at, source=source, how=how: convert(*source, at, *how)
-            )
-            held[row.name] = place
-    return [row for row in rows if row.name not in held], held
+            held[row.name] = memory.zeros(tuple(row.shape), "float32")
+            write_numbers(memory, held[row.name], row.values, ctypes.c_float)
+    return held
 
 
 def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
@@ -133,29 +122,14 @@ def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stor
 
 
 def find_in_checkpoint(
-    constants: Iterable[Constant], stored: Mapping[str, Stored], dtype: str | None
+    constants: Iterable[Constant], stored: Mapping[str, Stored]
 ) -> dict[str, Stored]:
-    """Return what to read for each constant; `dtype` is what it is cast to.
-
-    Raises ValueError naming the tensors that are missing, or of another shape or dtype.
-    """
-    plan, wrong = {}, []
+    """Return what to read for each constant, of a checkpoint of the package's architecture."""
+    found = {}
     for row in constants:
-        found = next((stored[name] for name in (row.name, *row.aliases) if name in stored), None)
-        if found is None:
-            wrong.append(f"missing {row.name}")
-        elif list(found.shape) != list(row.shape):
-            wrong.append(f"{row.name} has shape {list(found.shape)}, not {list(row.shape)}")
-        elif target_dtype(found, dtype) != row.dtype:
-            wrong.append(f"{row.name} is {found.dtype}, not {row.dtype}")
-        else:
-            plan[row.name] = found
-    if wrong:
-        raise ValueError(
-            f"the checkpoint does not fit the package ({len(wrong)} tensors): "
-            f"{'; '.join(wrong[:8])}. Rebuild the package for it"
-        )
-    return plan
+        own = next(name for name in (row.name, *row.aliases) if name in stored)
+        found[row.name] = stored[own]
+    return found
 
 
 def bind(
@@ -176,5 +150,4 @@ def bind(
         update, program.handle, (ctypes.c_char_p * count)(*names),
         (ctypes.c_void_p * count)(*handles), ctypes.c_int64(count),
     )  # fmt: skip
-    if status:
-        raise ValueError(f"its weights cannot be bound: code {status}")
+    check(status, "binding the weights")

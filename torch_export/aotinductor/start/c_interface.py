@@ -3,7 +3,7 @@
 Generated code (AOTInductor's) asks torch's C interface for memory and handles. Behind it is either
 libtorch, or the runtime library that a package carries, which has those functions without torch.
 
-    interface = open_runtime(path)             or open_libtorch(with_cuda=False)
+    interface = Interface("runtime", open_library(path))     or open_libtorch(with_cuda=False)
     program = Program(path_of_a_library, interface, "cpu")
     step = Step(steps_library, interface, "cpu", [(program, [operand(tensor), ...]), ...])
     step.run()
@@ -15,21 +15,18 @@ torch 2.9.1 and 2.14.1.
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import machine
-from common.errors import ArtifactDamagedError, EnvironmentProblemError
+from common.errors import EnvironmentProblemError
 from common.model.weights import Convert, Tensor
 
 _LOCAL_NOW = os.RTLD_LOCAL | os.RTLD_NOW
 # what a library was linked with comes before what the process has made global: another package may
 # have opened libtorch, whose functions must not meet the runtime library's handles
 _OWN_FIRST = _LOCAL_NOW | os.RTLD_DEEPBIND
-# what the dynamic loader says of a file that is at fault itself, not what it needs
-_NO_LIBRARY = ("ELF", "file too short", "cannot read file data", "undefined symbol")
 # torch's codes (c10/core/ScalarType.h, DeviceType.h), which the runtime library has too
 DTYPES = {"int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15}
 DEVICES = {"cpu": 0, "cuda": 1}
@@ -89,9 +86,10 @@ def address_of(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
     return ctypes.cast(getattr(library, name), ctypes.c_void_p)
 
 
-def open_runtime(path: str) -> Interface:
-    """Return the interface of a package's own runtime library."""
-    return Interface("runtime", open_library(path))
+def check(code: int, what: str) -> None:
+    """Raise EnvironmentProblemError if a native call returned a code: it tells why."""
+    if code:
+        raise EnvironmentProblemError(f"{what} failed with code {code}; what it said stands above")
 
 
 def find_torch() -> Path:
@@ -123,12 +121,10 @@ def open_libtorch(with_cuda: bool, whole: bool = False) -> Interface:
 
 
 def open_library(path: str, mode: int = _LOCAL_NOW) -> ctypes.CDLL:
-    """Open a shared library; ValueError if it is none, or has another one's names."""
+    """Open a shared library; EnvironmentProblemError if the system lacks what it needs."""
     try:
         return ctypes.CDLL(path, mode)
     except OSError as error:
-        if any(words in str(error) for words in _NO_LIBRARY):
-            raise ValueError(str(error)) from error
         raise EnvironmentProblemError(f"cannot open a library: {error}") from error
 
 
@@ -154,10 +150,8 @@ class Program:
         self.kept: Any = None  # what it reads, and has no copy of
         create = self.library.AOTInductorModelContainerCreateWithDevice
         folder = str(cubins).encode() if cubins else None
-        with _what_it_says("a program of the package cannot be opened"):
-            status = create(ctypes.byref(self.handle), ctypes.c_size_t(1), device.encode(), folder)
-            if status:
-                raise ChildProcessError(status)
+        status = create(ctypes.byref(self.handle), ctypes.c_size_t(1), device.encode(), folder)
+        check(status, "opening a program of the package")
         self.run = address_of(self.library, "AOTInductorModelContainerRunSingleThreaded")
 
     def constants(self) -> list[tuple[bytes, str]]:
@@ -199,11 +193,8 @@ class Step:
 
     def run(self, stream: ctypes.c_void_p | None = None) -> None:
         """Make the calls on a stream of the GPU, or here; raise when one of them fails."""
-        if status := self._run(*self._arguments, stream):
-            call, code = divmod(status, 1000)
-            raise EnvironmentProblemError(
-                f"call {call} of a step failed with code {code}; what it said stands above"
-            )
+        call, code = divmod(self._run(*self._arguments, stream), 1000)
+        check(code, f"call {call} of a step")
 
 
 def new_handle(interface: Interface, device: str, tensor: Tensor) -> ctypes.c_void_p:
@@ -216,20 +207,3 @@ def new_handle(interface: Interface, device: str, tensor: Tensor) -> ctypes.c_vo
         ctypes.c_int32(interface.library.aoti_torch_layout_strided()), None, ctypes.c_int64(0),
     )  # fmt: skip
     return handle
-
-
-@contextmanager
-def _what_it_says(problem: str) -> Iterator[None]:
-    """Turn a status other than 0 into an error with what was printed on stderr meanwhile."""
-    kept = os.dup(2)
-    with open(os.memfd_create("stderr"), "rb") as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except ChildProcessError:
-            said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise ArtifactDamagedError(f"{problem}: {lines[0]}: build it with ./build.sh") from None
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

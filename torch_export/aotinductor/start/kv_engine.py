@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from aotinductor.cache import CacheShape, state_shapes
-from aotinductor.start.memory import Memory, read_floats, read_integer, write_integers
+from aotinductor.start.memory import Memory, read_floats, read_integer, write_numbers
 from common import cuda
 from common.model.weights import Tensor
 
@@ -138,7 +138,7 @@ class KvEngine:
 
     def force(self, token_id: int) -> None:
         """Put a token in the place of the one that the last step chose."""
-        write_integers(self.memory, self.state.token, [token_id])
+        write_numbers(self.memory, self.state.token, [token_id])
         self.steps.embed([token_id], "row")
 
     def read_logits(self) -> "np.ndarray":

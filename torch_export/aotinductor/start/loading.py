@@ -34,40 +34,33 @@ if TYPE_CHECKING:
 
 RUNTIME_LIBRARY, LIBTORCH = "runtime", "libtorch"
 EMBEDDING = "model.embed_tokens.weight"
+WARM_UP_TOKENS = 8  # of the prompt that a GPU is warmed up with, where none is known
 CloseStage = Callable[[str], None]  # called with the name of each stage when it has ended
-
-
-class Wish(NamedTuple):
-    """How a package is to be loaded."""
-
-    pair: ArtifactPair
-    trust: TrustFlags
-    library: str = "auto"  # behind the programs' calls: runtime, libtorch; auto: as it was built
-    cuda_graph: bool | None = None  # None: on a GPU
-    warm_up_tokens: int = 8  # padded length of the prompt that a GPU is warmed up with
 
 
 class Opening(NamedTuple):
     """A start whose model, device and lengths are known: prompts can be made and checked."""
 
-    wish: Wish
+    pair: ArtifactPair
+    trust: TrustFlags
     target: Target
     plan: Plan
     codec: TextCodec
+    library: str = "auto"  # behind the programs' calls: runtime, libtorch; auto: as it was built
+    capture: bool = True  # on a GPU, decode as one CUDA graph
 
-    def warmed_up_with(self, padded_tokens: int) -> "Opening":
-        """Return the same for a first prompt of this length."""
-        return self._replace(wish=self.wish._replace(warm_up_tokens=padded_tokens))
-
-    def load(self, console: Console, close_stage: CloseStage = lambda name: None) -> Engine:
+    def load(
+        self, console: Console, close_stage: CloseStage = lambda name: None,
+        warm_up_tokens: int = WARM_UP_TOKENS,
+    ) -> Engine:  # fmt: skip
         """Check the package against this start, load it, and bring the weights to the device.
 
-        Any doubt is an error of its own kind.
+        Any doubt is an error of its own kind. `warm_up_tokens`: of the first prompt, padded.
         """
-        pair, target, plan = self.wish.pair, self.target, self.plan
-        with open_verified(pair, APPROACH, self.wish.trust, console) as verified:
+        pair, target, plan = self.pair, self.target, self.plan
+        with open_verified(pair, APPROACH, self.trust, console) as verified:
             built = verified.manifest
-            library = choose_library(self.wish.library, built.details)
+            library = choose_library(self.library, built.details)
             if library == LIBTORCH:
                 c_interface.find_torch()
             raise_if_different(pair.path, find_differences(built, target, library))
@@ -81,9 +74,8 @@ class Opening(NamedTuple):
             try:
                 path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
                 source = Source(verified.file, path, built.details, embedded)
-                if built.recipe["kv_cache"] != source.is_kv:
-                    raise ValueError("its metadata's recipe and details are of different graphs")
-                made = assemble(self.wish, target, plan, library, source, close_stage)
+                how = (self.capture, warm_up_tokens, close_stage)
+                made = assemble(source, target, plan, library, *how)
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
                 text = first_line(error)
                 if isinstance(error, KeyError | TypeError | AttributeError):
@@ -113,7 +105,7 @@ def make_opening(
     target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
     if target.device == "cpu" and plan.checkpoint and not plan.built.get("embed_weights"):
         weights.map_pages(target.checkpoint.stored.values())  # while the tokenizer is made
-    return Opening(Wish(pair, trust), target, plan, load_codec(target.checkpoint))
+    return Opening(pair, trust, target, plan, load_codec(target.checkpoint))
 
 
 def make_state(details: dict[str, Any], cache: CacheShape, target: Target) -> tuple[State, Memory]:
@@ -130,18 +122,16 @@ def choose_library(wanted: str, details: dict[str, Any]) -> str:
 
     Left the choice, the runtime library, where it has all that is called or no torch is installed.
     """
-    if "runtime" not in details:  # the base graph, which is linked for torch's own loader
-        possible, lacks = False, {}
-    else:
+    lacks, problem = {}, "it holds the base graph"  # which is linked for torch's own loader
+    if "runtime" in details:
         lacks = details["runtime"]["lacks"]
-        possible = not any(lacks.get(program) for program in DECODE)
+        called = sorted({name for program in DECODE for name in lacks.get(program, ())})
+        problem = f"its programs call {', '.join(called)}" if called else ""
     if wanted == "auto":
-        alone = possible and (not lacks or machine.package_folder("torch") is None)
+        alone = not problem and (not lacks or machine.package_folder("torch") is None)
         return RUNTIME_LIBRARY if alone else LIBTORCH
-    if wanted == RUNTIME_LIBRARY and not possible:
-        names = sorted({name for program in DECODE for name in lacks.get(program, ())})
-        calls = f"its programs call {', '.join(names)}" if names else "it holds the base graph"
-        raise UsageError(f"--library runtime: this package starts over libtorch, for {calls}")
+    if wanted == RUNTIME_LIBRARY and problem:
+        raise UsageError(f"--library runtime: this package starts over libtorch, for {problem}")
     return wanted
 
 
@@ -153,22 +143,20 @@ class Source(NamedTuple):
     details: dict[str, Any]
     embedded: bool  # the weights are in it
 
-    @property
-    def is_kv(self) -> bool:
-        return "programs" in self.details
-
 
 def assemble(
-    wish: Wish, target: Target, plan: Plan, library: str, source: Source, close_stage: CloseStage
-) -> "KvEngine | BaseEngine":
+    source: Source, target: Target, plan: Plan, library: str, capture: bool = True,
+    warm_up_tokens: int = WARM_UP_TOKENS, close_stage: CloseStage = lambda name: None,
+) -> "KvEngine | BaseEngine":  # fmt: skip
     """Open the package, and return what generates with it over its weights."""
-    kind = "programs" if source.is_kv else "graphs"
-    code = _Code(Package(source.file, source.details[kind]), library, target.device)
-    assemble_kind = _assemble_kv if source.is_kv else _assemble_base
+    programs, assemble_kind = source.details.get("programs"), _assemble_kv
+    if programs is None:
+        programs, assemble_kind = source.details["graphs"], _assemble_base
+    code = _Code(Package(source.file, programs), library, target.device)
     engine, upload = assemble_kind(target, plan, source, code)
     close_stage("artifact")
     if target.device == "cuda":
-        engine.warm_up(wish.warm_up_tokens, wish.cuda_graph is not False)
+        engine.warm_up(warm_up_tokens, capture)
         close_stage("capture")
     upload.wait()
     close_stage("weights")
@@ -211,7 +199,8 @@ class _Code:
             ctypes.CDLL(Path(OPENMP).name)
         except OSError:  # the system has none
             c_interface.open_library(package.library(OPENMP))
-        return c_interface.open_runtime(package.library(RUNTIME))
+        runtime = c_interface.open_library(package.library(RUNTIME))
+        return c_interface.Interface(RUNTIME_LIBRARY, runtime)
 
     def close(self) -> None:
         """Remove the kernels' files, all of which have been loaded."""
@@ -222,15 +211,10 @@ class _Code:
 def _assemble_kv(
     target: Target, plan: Plan, source: Source, code: _Code
 ) -> tuple[KvEngine, weights.Upload]:
-    checkpoint, details = target.checkpoint, source.details
+    details = source.details
     programs, cache = details["programs"], CacheShape(**details["cache"])
     stored = _stored_tensors(target, source, code.package)
-    names = names_of_weights(programs, checkpoint.layers)
-    if missing := [name for name in (*names, EMBEDDING) if name not in stored]:
-        raise ArtifactMismatchError(
-            f"{checkpoint.folder} has no {', '.join(missing[:3])}: it does not fit the package"
-        )
-    read = {name: stored[name] for name in names}
+    read = {name: stored[name] for name in names_of_weights(programs, target.checkpoint.layers)}
     upload = weights.start_upload(read, target.device, target.dtype, code.convert)
     state, memory = make_state(details, cache, target)
     lacks = details["runtime"]["lacks"] if code.library == RUNTIME_LIBRARY else {}
@@ -255,17 +239,15 @@ def _assemble_base(
     device, details = target.device, source.details
     longest, vocab = plan.bounds.max_seq_len, details["vocab_size"]
     memory = make_memory(device, max(8 * longest, 4 * vocab))
-    rows, values = base.read_constants(details, memory, code.convert)
+    constants = [base.Constant(**fields) for fields in details["constants"]]
+    held = base.write_values(constants, memory)
+    elsewhere = [one for one in constants if one.name not in held]
     if source.embedded:
-        stored = base.find_in_package(rows, source.path)
+        stored = base.find_in_package(elsewhere, source.path)
     else:
-        try:
-            found = _stored_tensors(target, source, code.package)
-            stored = base.find_in_checkpoint(rows, found, target.dtype)
-        except ValueError as error:
-            raise ArtifactMismatchError(f"{target.checkpoint.folder}: {error}") from error
+        stored = base.find_in_checkpoint(elsewhere, _stored_tensors(target, source, code.package))
     upload = weights.start_upload(stored, device, target.dtype, code.convert)
-    tensors = upload.tensors | values
+    tensors = upload.tensors | held
     (program,) = code.open(details["graphs"]).values()
     base.bind(program, code.steps, code.interface, device, tensors)
     program.kept = tensors  # bound without a copy

@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from common import cuda
 from common.model.stored import item_bytes
@@ -75,9 +75,9 @@ def make_memory(device: str, largest_bytes: int) -> Memory:
     return GpuMemory(largest_bytes) if device == "cuda" else HostMemory()
 
 
-def write_integers(memory: Memory, tensor: Tensor, values: list[int]) -> None:
-    """Write int64 values to the beginning of a tensor."""
-    array = (ctypes.c_int64 * len(values))(*values)
+def write_numbers(memory: Memory, tensor: Tensor, values: Sequence, kind=ctypes.c_int64) -> None:
+    """Write values to the beginning of a tensor, whose dtype is that of `kind`."""
+    array = (kind * len(values))(*values)
     nbytes = ctypes.sizeof(array)
     memory.fill(tensor, nbytes, lambda address: ctypes.memmove(address, array, nbytes))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from aotinductor.start.c_interface import DTYPES, Interface, Program, Shape, Step, operand
 from aotinductor.start.kv_engine import State
-from aotinductor.start.memory import GpuMemory, Memory, write_integers
+from aotinductor.start.memory import GpuMemory, Memory, write_numbers
 from common.model.stored import item_bytes
 from common.model.weights import Tensor
 
@@ -105,7 +105,7 @@ class PackageSteps:
         width = hidden.shape[2]
         self._hidden.set((1, padded, width))
         # the head counts the last token itself
-        write_integers(self._memory, self._state.position, [length - 1])
+        write_numbers(self._memory, self._state.position, [length - 1])
         self._layers.run(self._stream)
         row_bytes = width * item_bytes(hidden.dtype)
         last = Tensor(hidden.address + (length - 1) * row_bytes, (1, width), hidden.dtype)
