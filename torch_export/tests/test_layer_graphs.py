@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from aotinductor.build import layer_graphs, layer_package
 from aotinductor.build.compiler import compile_program
 from aotinductor.build.layer_graphs import export_program, make_programs
-from aotinductor.build.torch_steps import TorchSteps
+from aotinductor.build.runtime_compile import TorchSteps
 from aotinductor.cache import CacheShape
 from aotinductor.flags import ShapeFlags
 from aotinductor.lengths import make_bounds
@@ -51,10 +51,9 @@ def shape_of(model) -> CacheShape:
 
 def engine_of(model, programs: dict) -> KvEngine:
     """Return what generates with these programs over the model's own weights."""
-    cache, memory, config = shape_of(model), HostMemory(), model.config
+    cache, memory = shape_of(model), HostMemory()
     details = layer_package.describe_package(model, cache, make_programs(model))
-    widths = (config.num_hidden_layers, details["dtypes"], config.hidden_size, config.vocab_size)
-    state = State.make(memory, cache, *widths)
+    state = State.make(memory, cache, model.config.num_hidden_layers, details)
     weights = dict(model.named_parameters())
     return KvEngine(TorchSteps(programs, details, weights, state, memory), state, cache, memory)
 

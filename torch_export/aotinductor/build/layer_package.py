@@ -26,10 +26,9 @@ from aotinductor.build.layer_graphs import (
     make_programs,
     state_dtypes,
 )
-from aotinductor.build.symbols import missing_symbols, stripped
 from aotinductor.cache import CacheShape
 from aotinductor.lengths import Bounds
-from aotinductor.native.compile import RUNTIME, compile_native
+from aotinductor.native.compile import RUNTIME, compile_native, missing_symbols, stripped
 
 ALIGNMENT = 64  # of the weights' content, where vectors are loaded from best
 # A step on a CPU that reads less than this is one thread's work: a few ms of a core, with a dozen

@@ -1,7 +1,9 @@
 """What a start without a package serves with: transformers' model, or its graphs, compiled here."""
 
+import ctypes
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,25 @@ import torch
 from aotinductor.build.base_package import BaseGraph, compile_base_package
 from aotinductor.build.layer_graphs import make_programs
 from aotinductor.build.layer_package import cache_shape, compile_layer_package, describe_package
-from aotinductor.build.torch_steps import TorchSteps
 from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
-from aotinductor.start.kv_engine import KvEngine
-from aotinductor.start.loading import Opening, Source, assemble, choose_library, make_state
+from aotinductor.start.kv_engine import KvEngine, State
+from aotinductor.start.loading import (
+    EMBEDDING,
+    Opening,
+    Source,
+    assemble,
+    choose_library,
+    make_state,
+)
+from aotinductor.start.memory import GpuMemory, Memory
+from aotinductor.start.steps import DECODE, PREFILL
 from common.cli import Console, SamplingFlags
 from common.compiler.toolchain import prepare_toolchain, quieten
 from common.model.eager import load_model
 from common.model.target import Target
+from common.model.weights import Tensor
 
 CloseStage = Callable[[str], None]
 
@@ -114,6 +125,96 @@ def _torch_compiled_base(
 def _dynamic(plan: Plan, one_dynamic_graph: bool) -> bool | None:
     # None is torch's own way: static at first, dynamic from the second length on
     return (one_dynamic_graph or None) if plan.bounds.dynamic_seq_len else False
+
+
+# --- programs that torch compiled in this process, over the state of a package's engine ----------
+
+
+class TorchSteps:
+    """What a `KvEngine` steps with, as `PackageSteps`; each program is a function of tensors."""
+
+    takes_prompts = True
+
+    def __init__(
+        self, functions: Mapping[str, Callable[..., object]], details: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor], state: State, memory: Memory,
+    ):  # fmt: skip
+        """`details` as the metadata of a package has them. A function writes into its inputs."""
+        self._functions, self._inputs = functions, details["programs"]
+        self._embedding, self._stream = weights[EMBEDDING].detach(), None
+        if isinstance(memory, GpuMemory):
+            self._stream = torch.cuda.ExternalStream(memory.stream.handle.value)
+        views: dict[str, Any] = {
+            name: torch_view(one, memory.device) if isinstance(one, Tensor)
+            else [torch_view(table, memory.device) for table in one]
+            for name, one in state._asdict().items()
+        }  # fmt: skip
+        names = {name for inputs in self._inputs.values() for name in inputs if "." in name}
+        # what the programs of each layer are given, by the names of their inputs
+        self._given: list[dict[str, torch.Tensor]] = [
+            views
+            | {name: weights[name.format(layer=layer)] for name in names}
+            | {"keys": views["keys"][layer], "values": views["values"][layer]}
+            for layer in range(len(state.keys))
+        ]
+        self._rotate_with(**details["rope"])
+
+    def _rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
+        rope = self._given[0]["rope"]  # (2, slots, head_dim): cosines, and signed sines
+        angles = torch.outer(torch.arange(rope.shape[1]), torch.tensor(inv_freq))
+        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+        with self._on_stream():
+            rope.copy_(torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]))
+
+    def embed(self, token_ids: Sequence[int], name: str) -> None:
+        """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
+        place = self._given[0][name].view(-1, self._embedding.shape[1])
+        with self._on_stream():
+            ids = torch.tensor(token_ids, device=place.device)
+            place[: len(ids)] = self._embedding[ids]
+
+    def prefill(self, length: int, padded: int) -> None:
+        state = self._given[0]
+        hidden = state["hidden"][0]  # (slots, hidden)
+        with self._on_stream():
+            state["position"].fill_(length - 1)  # the head counts the last token itself
+            for given in self._given:
+                self._call(PREFILL, given | {"hidden": hidden[:padded][None]})
+            state["row"].copy_(hidden[length - 1])
+            self._call(DECODE[1], state)
+
+    def decode(self, rows: int) -> None:
+        with self._on_stream():
+            for given in self._given:
+                in_use = {name: given[name][:rows] for name in ("keys", "values")}
+                self._call(DECODE[0], given | in_use)
+            self._call(DECODE[1], self._given[0])
+
+    @torch.no_grad()
+    def _call(self, program: str, given: Mapping[str, torch.Tensor]) -> None:
+        self._functions[program](*[given[name] for name in self._inputs[program]])
+
+    def _on_stream(self) -> AbstractContextManager:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+
+def torch_view(tensor: Tensor, device: str) -> torch.Tensor:
+    """Return the same memory as torch sees it; `tensor` must outlive it."""
+    dtype = getattr(torch, tensor.dtype)
+    if device == "cpu":
+        raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.address)
+        return torch.frombuffer(raw, dtype=dtype).view(tensor.shape)
+
+    class Bytes:
+        __cuda_array_interface__ = {
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.address, False),
+            "version": 3,
+        }  # fmt: skip
+
+    return torch.as_tensor(Bytes(), device=device).view(dtype).view(tensor.shape)
+
+
+# --- transformers' own model --------------------------------------------------------------------
 
 
 def generate_eagerly(

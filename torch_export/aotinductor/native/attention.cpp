@@ -153,19 +153,15 @@ class Task {
 };
 
 // query (1, heads, n, width), key and value (1, kv_heads, n, width), each row contiguous; query i
-// sees keys 0 to i. `seen` (1, heads, n, width) over memory of (n, heads, width), and `sums`, the logarithm
-// of each query's sum of exponentials, (1, heads, n) float32 over (n, heads), are new.
+// sees keys 0 to i. `seen` (1, heads, n, width) over memory of (n, heads, width), and `sums`, the
+// logarithm of each query's sum of exponentials, (1, heads, n) float32 over (n, heads), are new.
+// That shapes fit, torch has seen to.
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
             Tensor** seen, Tensor** sums) {
-  require(query.dims == 4 && key.dims == 4 && value.dims == 4, "attention takes 4 dimensions");
   const int64_t heads = query.sizes[1], n = query.sizes[2], width = query.sizes[3];
-  const int64_t kv_heads = key.sizes[1], fitting[] = {1, kv_heads, n, width};
-  require(query.sizes[0] == 1 && std::equal(fitting, fitting + 4, key.sizes) &&
-              std::equal(fitting, fitting + 4, value.sizes),
-          "the shapes of attention don't fit");
+  const int64_t kv_heads = key.sizes[1];
   require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1,
           "attention takes contiguous rows");
-  require(kv_heads > 0 && heads % kv_heads == 0, "heads don't share KV heads evenly");
   require(is_floating(query.dtype) && key.dtype == query.dtype && value.dtype == query.dtype,
           "attention takes float32, bfloat16 or float16, all the same");
   const int64_t strides[] = {n * heads * width, width, heads * width, 1};

@@ -160,23 +160,18 @@ Multiply choose(int32_t dtype) {
 
 // out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, a row or one for each of n, or
 // null for nothing. Contiguous along r, and left and right along k, as hidden rows and a
-// checkpoint's weights are.
+// checkpoint's weights are. That shapes fit, torch has seen to.
 void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
               double beta, double alpha) {
-  require(out.dims == 2 && left.dims == 2 && right.dims == 2, "a product takes matrices");
-  const int64_t n = left.sizes[0], r = right.sizes[1];
-  require(right.sizes[0] == left.sizes[1] && out.sizes[0] == n && out.sizes[1] == r,
-          "the shapes of a product don't fit");
   require(is_floating(out.dtype) && left.dtype == out.dtype && right.dtype == out.dtype,
           "a product takes float32, bfloat16 or float16, all the same");
   require(left.strides[1] == 1 && right.strides[0] == 1 && out.strides[1] == 1,
           "a product takes contiguous rows, and columns of what is on the right");
   if (added != nullptr) {
     const int64_t last = added->dims - 1;
-    require(added->dtype == out.dtype && (last == 0 || last == 1) && added->sizes[last] == r &&
-                added->strides[last] == 1 &&
-                (last == 0 || added->sizes[0] == 1 || added->sizes[0] == n),
-            "what is added to a product doesn't fit");
+    require(added->dtype == out.dtype && added->sizes[last] == out.sizes[1] &&
+                added->strides[last] == 1,
+            "what is added to a product is a contiguous row of its dtype");
   }
   choose(out.dtype)(out, left, right, added, static_cast<float>(beta), static_cast<float>(alpha));
 }

@@ -7,7 +7,7 @@ graph of two plain tensors is the whole model.
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,30 +106,26 @@ class Constant(NamedTuple):
     offset: int | None = None
 
 
-def write_values(constants: Iterable[Constant], memory: Memory) -> dict[str, Tensor]:
-    """Return those that the metadata holds, as tensors: float32, as rope frequencies are."""
-    held = {}
-    for row in constants:
-        if row.values is not None:
-            held[row.name] = memory.zeros(tuple(row.shape), "float32")
+def find_constants(
+    rows: Iterable[Mapping[str, Any]], package: Path | None, checkpoint: Mapping[str, Stored],
+    memory: Memory,
+) -> tuple[dict[str, Stored], dict[str, Tensor]]:  # fmt: skip
+    """Return where each constant lies, and, as tensors, those that the metadata's rows hold.
+
+    `package`, where it holds the weights, comes before a checkpoint, which is of its architecture.
+    """
+    stored, held = {}, {}
+    for row in (Constant(**fields) for fields in rows):
+        shape = tuple(row.shape)
+        if row.values is not None:  # float32, as rope frequencies are
+            held[row.name] = memory.zeros(shape, "float32")
             write_numbers(memory, held[row.name], row.values, ctypes.c_float)
-    return held
-
-
-def find_in_package(constants: Iterable[Constant], path: Path) -> dict[str, Stored]:
-    """Return where a package with embedded weights holds each constant."""
-    return {row.name: Stored(path, row.dtype, tuple(row.shape), row.offset) for row in constants}
-
-
-def find_in_checkpoint(
-    constants: Iterable[Constant], stored: Mapping[str, Stored]
-) -> dict[str, Stored]:
-    """Return what to read for each constant, of a checkpoint of the package's architecture."""
-    found = {}
-    for row in constants:
-        own = next(name for name in (row.name, *row.aliases) if name in stored)
-        found[row.name] = stored[own]
-    return found
+        elif package:
+            stored[row.name] = Stored(package, row.dtype, shape, row.offset or 0)
+        else:
+            own = next(name for name in (row.name, *row.aliases) if name in checkpoint)
+            stored[row.name] = checkpoint[own]
+    return stored, held
 
 
 def bind(

@@ -6,7 +6,7 @@ only.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aotinductor.cache import CacheShape, state_shapes
 from aotinductor.start.memory import Memory, read_floats, read_integer, write_numbers
@@ -38,17 +38,17 @@ class State(NamedTuple):
 
     @classmethod
     def make(
-        cls, memory: Memory, cache: CacheShape, layers: int,
-        dtypes: dict[str, str], hidden_size: int, vocab_size: int,
-    ) -> "State":  # fmt: skip
-        """Return the state of no sequence yet: zeros, in the dtypes given by name.
+        cls, memory: Memory, cache: CacheShape, layers: int, details: dict[str, Any]
+    ) -> "State":
+        """Return the state of no sequence yet, as a package's `details` have it.
 
         Zeros, not empty: a slot that is masked still takes part as 0 * value, and 0 * nan is nan.
         """
-        shapes = state_shapes(cache, hidden_size, vocab_size, cache.slots, cache.rows)
+        widths = (details["hidden_size"], details["vocab_size"])
+        shapes = state_shapes(cache, *widths, cache.slots, cache.rows)
 
         def make(name: str) -> Tensor:
-            return memory.zeros(shapes[name], dtypes[name])
+            return memory.zeros(shapes[name], details["dtypes"][name])
 
         keys, values = ([make(name) for _ in range(layers)] for name in ("keys", "values"))
         single = {name: make(name) for name in shapes if name not in ("keys", "values")}

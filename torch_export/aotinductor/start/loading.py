@@ -110,11 +110,9 @@ def make_opening(
 
 def make_state(details: dict[str, Any], cache: CacheShape, target: Target) -> tuple[State, Memory]:
     """Return the state of a KV cache for the model's depth, and the memory that it lies in."""
-    hidden, vocab = details["hidden_size"], details["vocab_size"]
-    largest = 4 * max(vocab, cache.slots * max(hidden, 2 * cache.head_dim))
-    memory = make_memory(target.device, largest)
-    layers = target.checkpoint.layers
-    return State.make(memory, cache, layers, details["dtypes"], hidden, vocab), memory
+    widest = max(details["hidden_size"], 2 * cache.head_dim)
+    memory = make_memory(target.device, 4 * max(details["vocab_size"], cache.slots * widest))
+    return State.make(memory, cache, target.checkpoint.layers, details), memory
 
 
 def choose_library(wanted: str, details: dict[str, Any]) -> str:
@@ -239,13 +237,9 @@ def _assemble_base(
     device, details = target.device, source.details
     longest, vocab = plan.bounds.max_seq_len, details["vocab_size"]
     memory = make_memory(device, max(8 * longest, 4 * vocab))
-    constants = [base.Constant(**fields) for fields in details["constants"]]
-    held = base.write_values(constants, memory)
-    elsewhere = [one for one in constants if one.name not in held]
-    if source.embedded:
-        stored = base.find_in_package(elsewhere, source.path)
-    else:
-        stored = base.find_in_checkpoint(elsewhere, _stored_tensors(target, source, code.package))
+    package = source.path if source.embedded else None
+    checkpoint = {} if package else _stored_tensors(target, source, code.package)
+    stored, held = base.find_constants(details["constants"], package, checkpoint, memory)
     upload = weights.start_upload(stored, device, target.dtype, code.convert)
     tensors = upload.tensors | held
     (program,) = code.open(details["graphs"]).values()
