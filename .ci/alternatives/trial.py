@@ -72,14 +72,14 @@ def open_llama_cpp(path: str, new_tokens: int) -> Generate:
 
 
 def open_compiled(folder: str, new_tokens: int) -> Generate:
-    """transformers with a static cache and a compiled forward, in the checkpoint's own dtype."""
+    """transformers with a static cache and a compiled forward, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common.model.tokenizer import TokenStreamer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     model.forward = torch.compile(model.forward)
 
     def generate(prompt: str, on_token: Callable[[int], None]) -> list[int]:
