@@ -64,7 +64,8 @@ def main() -> None:
             converted = Path(place, f"{kind}.gguf")
             convert(asked.gguf, number, converted)
             command = [script(".ci/alternatives/trial.py"), f"--model-id={converted}"]
-            rows.append(Row("llama.cpp", dtype, [*command, "--engine=llama.cpp"]))
+            command += ["--engine=llama.cpp", "--bos" if begins_with_bos(folder) else "--no-bos"]
+            rows.append(Row("llama.cpp", dtype, command))
         lines = Path(place, "prompts.txt")
         twice = [text for text in prompts_of(folder) for _ in range(2)]
         lines.write_text("".join(f"{text}\n" for text in twice))
@@ -114,6 +115,14 @@ def convert(gguf: Path, kind: int, target: Path) -> None:
     files = (str(gguf).encode(), str(target).encode())
     if llama_cpp.llama_model_quantize(*files, ctypes.byref(choices)):
         sys.exit(f"llama.cpp cannot convert {gguf}")
+
+
+def begins_with_bos(folder: Path) -> bool:
+    """Say whether transformers begins a prompt with BOS, which a GGUF file may have otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer("text").input_ids[0] == tokenizer.bos_token_id
 
 
 def prompts_of(folder: Path) -> list[str]:
