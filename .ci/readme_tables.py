@@ -147,8 +147,9 @@ def measurement_text(name: str, steps: dict) -> str:
     compared = without_zeros(steps["compare"])
     total = compared["summary"]["total"]
     place = compared["environment"].get("gpu") or ON_CPU
+    what = ", ".join(dict.fromkeys([dtype_of(steps), name.rpartition("_")[2]]))
     parts = [
-        f"**{model_of(steps)}, {dtype_of(steps)}, {name.rpartition('_')[2]}, {place}**",
+        f"**{model_of(steps)}, {what}, {place}**",
         f"{stack(compared['environment'])} Built in {steps['build']['build_seconds']:.0f} s, "
         f"{steps['build']['file']['bytes'] / 1e6:.2f} MB.",
         f"Load against skip, means of {total['load']['n']} fresh processes a side:",
