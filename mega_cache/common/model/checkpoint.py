@@ -113,20 +113,21 @@ class Checkpoint:
         """Raise UsageError, naming them, if tensors are missing, left over, or of another shape."""
         stored, expected = self.stored, self.parameters
         known = expected.keys() | set(self.resolved["optional"])
-        left_over = [name for name in stored if name not in known]
-        missing = [name for name in expected if name not in stored]
-        misshapen = [
-            f"{name} with shape {list(stored[name].shape)} in place of {list(shape)}"
-            for name, shape in expected.items()
-            if name in stored and stored[name].shape != shape
+        found = {
+            "missing": [name for name in expected if name not in stored],
+            "left over": [name for name in stored if name not in known],
+            "of another shape": [
+                f"{name} with shape {list(stored[name].shape)} in place of {list(shape)}"
+                for name, shape in expected.items()
+                if name in stored and stored[name].shape != shape
+            ],
+        }
+        problems = [
+            f"{len(names)} {what}, {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+            for what, names in found.items()
+            if names
         ]
-        found = {"missing": missing, "left over": left_over, "of another shape": misshapen}
-        if any(found.values()):
-            problems = [
-                f"{len(names)} {what}, {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-                for what, names in found.items()
-                if names
-            ]
+        if problems:
             raise UsageError(
                 f"the tensors in {self.folder} are not those of the "
                 f"{self.architecture['model_type']} model that its "
