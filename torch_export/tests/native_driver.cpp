@@ -58,7 +58,7 @@ void check_products(llama::Multiply chosen, int32_t dtype) {
         Tensor right = *weights;
         std::swap(right.sizes[0], right.sizes[1]);
         std::swap(right.strides[0], right.strides[1]);
-        chosen(*out, *left, right, bias.get(), 1, 1);
+        chosen(*out, *left, right, bias.get());
         for (int64_t i = 0; i < n * r; i++) {
           double sum = at(*bias, i % r), size = std::abs(sum);
           for (int64_t j = 0; j < k; j++) {

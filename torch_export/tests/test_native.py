@@ -141,9 +141,9 @@ def test_products_are_torchs(runtime, dtype, n, k, r, gap, added):
     else:
         shape = {"row": (r,), "one": (1, r), "each": (n, r)}[added]
         bias = spread(shape, dtype, 1)
-        two = (ctypes.c_double(0.5), ctypes.c_double(2))
-        assert runtime.call("aoti_torch_cpu_addmm_out", out, bias, left, right, *two) == 0
-        exact, scale = 0.5 * bias.double() + 2 * exact, bias.double().abs() + 2 * scale
+        factors = (ctypes.c_double(1), ctypes.c_double(1))
+        assert runtime.call("aoti_torch_cpu_addmm_out", out, bias, left, right, *factors) == 0
+        exact, scale = bias.double() + exact, bias.double().abs() + scale
     assert_close(out, exact, scale)
 
 

@@ -3,7 +3,6 @@
 // Names and signatures are those of torch/csrc/inductor/aoti_torch/c/shim.h, 2.9.1 to 2.14.1.
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 
 #include "tensor.h"
@@ -50,11 +49,9 @@ std::unique_ptr<Tensor> shaped(int64_t dims, const int64_t* sizes, const int64_t
 }  // namespace
 
 std::shared_ptr<void> take_host_memory(int64_t bytes) {
-  constexpr int64_t kAlignment = 64;  // what vectors are loaded from best, and what torch gives
-  const int64_t whole = (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, whole);
-  if (memory == nullptr) throw std::bad_alloc();
-  return std::shared_ptr<void>(memory, std::free);
+  constexpr std::align_val_t kAlignment{64};  // what vectors are loaded from best, and torch gives
+  return {::operator new(bytes, kAlignment),
+          [](void* memory) { ::operator delete(memory, kAlignment); }};
 }
 
 std::unique_ptr<Tensor> empty_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides,

@@ -109,8 +109,7 @@ auto fetch(const Tensor& matrix, int dim, int64_t first, int64_t count, int64_t 
 }
 
 template <class Lanes>
-void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
-                   float beta, float alpha) {
+void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added) {
   const int64_t n = out.sizes[0], k = left.sizes[1], r = out.sizes[1];
   const int64_t bytes = out.element_bytes();
   // of one row that is added to all, or of one for each
@@ -120,7 +119,7 @@ void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const T
   for (int64_t row = 0; row < r; row += kBlockRows) {
     for (int64_t token = 0; token < n; token += kBlockTokens) {
       alignas(64) float sums[kBlockTokens * kBlockRows] = {};
-      float terms[kBlockRows] = {};
+      float terms[kBlockRows];
       const int64_t rows = std::min(kBlockRows, r - row);
       const int64_t tokens = std::min(kBlockTokens, n - token);
       for (int64_t begin = 0; begin < k; begin += kBlockDepth) {
@@ -137,8 +136,8 @@ void multiply_with(Tensor& out, const Tensor& left, const Tensor& right, const T
         if (added != nullptr) {
           const int64_t at = (token + t) * added_stride + row;
           load_floats(added->data() + at * bytes, added->dtype, rows, terms);
+          for (int64_t i = 0; i < rows; i++) line[i] += terms[i];
         }
-        for (int64_t i = 0; i < rows; i++) line[i] = alpha * line[i] + beta * terms[i];
         const int64_t at = (token + t) * out.strides[0] + row;
         store_floats(line, rows, out.data() + at * bytes, out.dtype);
       }
@@ -158,11 +157,10 @@ Multiply choose(int32_t dtype) {
   return multiply_with<Floats8>;
 }
 
-// out (n, r) = alpha * left (n, k) @ right (k, r) + beta * added, a row or one for each of n, or
-// null for nothing. Contiguous along r, and left and right along k, as hidden rows and a
-// checkpoint's weights are. That shapes fit, torch has seen to.
-void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added,
-              double beta, double alpha) {
+// out (n, r) = left (n, k) @ right (k, r) + added, a row or one for each of n, or null for nothing.
+// Contiguous along r, and left and right along k, as hidden rows and a checkpoint's weights are.
+// That shapes fit, torch has seen to.
+void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor* added) {
   require(is_floating(out.dtype) && left.dtype == out.dtype && right.dtype == out.dtype,
           "a product takes float32, bfloat16 or float16, all the same");
   require(left.strides[1] == 1 && right.strides[0] == 1 && out.strides[1] == 1,
@@ -173,7 +171,7 @@ void multiply(Tensor& out, const Tensor& left, const Tensor& right, const Tensor
                 added->strides[last] == 1,
             "what is added to a product is a contiguous row of its dtype");
   }
-  choose(out.dtype)(out, left, right, added, static_cast<float>(beta), static_cast<float>(alpha));
+  choose(out.dtype)(out, left, right, added);
 }
 
 }  // namespace
@@ -185,13 +183,14 @@ using llama::Tensor;
 
 EXPORTED int32_t aoti_torch_cpu_mm_out(Tensor* out, Tensor* left, Tensor* right) {
   return as_error_code("aoti_torch_cpu_mm_out", [&] {
-    llama::multiply(checked(out), checked(left), checked(right), nullptr, 0, 1);
+    llama::multiply(checked(out), checked(left), checked(right), nullptr);
   });
 }
 
 EXPORTED int32_t aoti_torch_cpu_addmm_out(Tensor* out, Tensor* added, Tensor* left, Tensor* right,
                                           double beta, double alpha) {
   return as_error_code("aoti_torch_cpu_addmm_out", [&] {
-    llama::multiply(checked(out), checked(left), checked(right), &checked(added), beta, alpha);
+    llama::require(beta == 1 && alpha == 1, "what is added to a product is added as it is");
+    llama::multiply(checked(out), checked(left), checked(right), &checked(added));
   });
 }

@@ -3,7 +3,6 @@
 // What programs launch are their own kernels, through the driver and libcudart, which a start opens
 // for all before it opens this.
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -30,7 +29,8 @@ void check(int error) {
   if (error != 0) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Memory once taken from the device stays here and is used again by what is as large.
+// Memory once taken from the device stays here and is used again by what is as large: few sizes, as
+// prompts go through decode here (prefill calls products, which this library has not).
 //
 // A step takes the same sizes in the same order each time, so after its first run it takes nothing
 // from the device: it can be captured. What a captured step used for scratch others may use between
@@ -38,31 +38,19 @@ void check(int error) {
 class Pool {
  public:
   std::shared_ptr<void> take(int64_t bytes) {
-    const int64_t size = size_class(bytes);
     void* memory = nullptr;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.find(size);
-      if (found != free_.end()) {
-        memory = found->second;
-        free_.erase(found);
-      }
+      if (auto kept = free_.extract(bytes)) memory = kept.mapped();
     }
-    if (memory == nullptr) check(cudaMalloc(&memory, size));
-    return std::shared_ptr<void>(memory, [this, size](void* back) {
+    if (memory == nullptr) check(cudaMalloc(&memory, bytes));
+    return std::shared_ptr<void>(memory, [this, bytes](void* back) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      free_.emplace(size, back);
+      free_.emplace(bytes, back);
     });
   }
 
  private:
-  // Four classes to an octave: prompts of many lengths leave few sizes behind, a fifth is wasted.
-  static int64_t size_class(int64_t bytes) {
-    int64_t step = 512;
-    while (bytes > 8 * step) step *= 2;
-    return std::max<int64_t>(1, (bytes + step - 1) / step) * step;
-  }
-
   std::mutex mutex_;
   std::multimap<int64_t, void*> free_;
 };
