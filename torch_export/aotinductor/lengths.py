@@ -38,9 +38,6 @@ class Bounds(NamedTuple):
             return min(bucket for bucket in self.buckets if bucket >= length)
         return -(-length // self.dynamic_seq_multiple) * self.dynamic_seq_multiple
 
-    def as_json(self) -> dict[str, Any]:
-        return self._asdict() | {"buckets": self.buckets}
-
 
 def make_bounds(flags: ShapeFlags) -> Bounds:
     """Return the bounds that a graph is exported with."""

@@ -19,10 +19,11 @@ COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
 
 def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
     """Return every setting that shapes the package."""
-    embed = settings.weights_embedded
+    embed, bounds = settings.weights_embedded, make_bounds(settings.shape)
     return {
         **machine_of(target.device),
-        **make_bounds(settings.shape).as_json(),
+        **bounds._asdict(),
+        "buckets": bounds.buckets,
         # of weights that are in the package: one of code only is for any of its architecture
         "weights_fingerprint": weights_fingerprint(target.checkpoint) if embed else None,
         "layer_digest": target.checkpoint.layer_digest,

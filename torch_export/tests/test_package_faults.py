@@ -114,7 +114,7 @@ OTHER_GRAPHS = {
         {"details__hidden_size": "256"},
     ],
 }
-NEITHER = [{"details": {}}, {"recipe__embed_weights": ...}]
+NEITHER = [{"details": {}}]
 
 
 def test_metadata_that_describes_no_package_is_refused(kind, pair, refusal):

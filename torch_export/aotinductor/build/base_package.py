@@ -91,7 +91,7 @@ def find_behind_library(path: Path) -> dict[str, int]:
         (library,) = (name for name in files if name.endswith(".so"))
         (source,) = (name for name in files if name.endswith(".wrapper.cpp"))
         constructor = archive.read(source).decode()
-        end = Package(file, []).offset_of(library.partition("/")[2])
+        end = Package(file, path, {"graphs": []}).offset_of(library.partition("/")[2])
         end += archive.getinfo(library).file_size - 8  # a magic number is the last
     declared = r'\.data_size = (\d+);.*?\.original_fqn = "([^"]*)"'
     offsets = {}

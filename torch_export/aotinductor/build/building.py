@@ -53,7 +53,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
             found = compile_package(model, bounds, settings.slots, *how)
         with shown("verify"):
             plan = Plan(bounds)
-            engine = open_compiled(path, found, target, plan, embed)
+            engine = open_compiled(path, found, target, plan)
             checks = verify_package(engine, model, plan)
         details.update(found, verified=True, verification=checks)
         details["checkpoint"] = target.checkpoint.resolved

@@ -1,10 +1,6 @@
-"""A KV-cache package: four programs compiled, and written with what they need into one zip.
+"""A KV-cache package: its programs compiled, and written with what they need into one zip.
 
-    STEM/programs/PROGRAM/  its library, and its kernels where it has them
-    STEM/native/  what a start runs them with: `native.compile`
-    STEM/weights/model.safetensors  the checkpoint's tensors, with --embed-weights
-
-Entries are stored, not deflated: the weights are used where they lie in the file.
+Its entries are those of `start.package`, stored, not deflated: weights are used where they lie.
 """
 
 import json
@@ -113,25 +109,27 @@ def write_package(path: Path, entries: Mapping[str, Path], embedded: Mapping[str
         for name, file in entries.items():
             archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), file.read_bytes())
         if embedded:
-            header = safetensors_header(embedded)
             entry = zipfile.ZipInfo(f"{path.stem}/weights/model.safetensors")
+            # a header of the zip: 30 bytes, the name, and 20 for a size beyond 4 GiB
+            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 20
+            header = safetensors_header(embedded, begin)
             entry.file_size = len(header) + sum(one.nbytes for one in embedded.values())
-            # a header of the zip: 30 bytes, the name, 20 for a size beyond 4 GiB, and the padding
-            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 20 + 4
-            entry.extra = struct.pack("<HH", 0xD935, -begin % ALIGNMENT) + bytes(-begin % ALIGNMENT)
             with archive.open(entry, "w", force_zip64=True) as file:
                 file.write(header)
                 for one in embedded.values():
                     file.write(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return what comes before the tensors, in this order, in a safetensors file."""
+def safetensors_header(tensors: Mapping[str, Tensor], at: int) -> bytes:
+    """Return what comes before the tensors, in this order, in a safetensors file.
+
+    It begins at `at`, and ends where an aligned tensor can begin.
+    """
     header, end = {}, 0
     for name, one in tensors.items():
         begin, end = end, end + one.nbytes
         described = {"dtype": _SAFETENSORS_NAMES[one.dtype], "shape": list(one.shape)}
         header[name] = described | {"data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(at + 8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

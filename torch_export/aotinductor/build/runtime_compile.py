@@ -17,15 +17,9 @@ from aotinductor.flags import LoadFlags
 from aotinductor.lengths import Bounds, Plan
 from aotinductor.start.base_engine import BaseEngine
 from aotinductor.start.kv_engine import KvEngine, State
-from aotinductor.start.loading import (
-    EMBEDDING,
-    Opening,
-    Source,
-    assemble,
-    choose_library,
-    make_state,
-)
+from aotinductor.start.loading import EMBEDDING, Opening, assemble, choose_library, make_state
 from aotinductor.start.memory import GpuMemory, Memory
+from aotinductor.start.package import Package
 from aotinductor.start.steps import DECODE, PREFILL
 from common.cli import Console, SamplingFlags
 from common.compiler.toolchain import prepare_toolchain, quieten
@@ -53,7 +47,7 @@ def compile_engine(
         with tempfile.TemporaryDirectory(prefix="llama-package-") as folder:
             path = Path(folder, "model.pt2")
             details = compile_package(model, plan.bounds, plan.slots, path, False, max_autotune)
-            engine = open_compiled(path, details, target, plan, False, opening.capture)
+            engine = open_compiled(path, details, target, plan, opening.capture)
     elif plan.slots is None:
         engine = _torch_compiled_base(model, plan, flags.compile_dynamic_seq_len, max_autotune)
     else:
@@ -72,13 +66,12 @@ def compile_package(
 
 
 def open_compiled(
-    path: Path, details: dict[str, Any], target: Target, plan: Plan,
-    embedded: bool, capture: bool = True,
-) -> KvEngine | BaseEngine:  # fmt: skip
+    path: Path, details: dict[str, Any], target: Target, plan: Plan, capture: bool = True
+) -> KvEngine | BaseEngine:
     """Return an engine over a package that this process has just compiled."""
     with open(path, "rb") as file:
-        source, library = Source(file, path, details, embedded), choose_library("auto", details)
-        return assemble(source, target, plan, library, capture)
+        library = choose_library("auto", details)
+        return assemble(Package(file, path, details), target, plan, library, capture)
 
 
 def _torch_compiled(

@@ -13,6 +13,7 @@ import numpy as np
 
 from aotinductor.start.c_interface import Interface, Program, address_of, check, new_handle
 from aotinductor.start.memory import GpuMemory, Memory, read_floats, write_numbers
+from common.model.checkpoint import Checkpoint
 from common.model.stored import Stored
 from common.model.weights import Tensor
 
@@ -107,12 +108,11 @@ class Constant(NamedTuple):
 
 
 def find_constants(
-    rows: Iterable[Mapping[str, Any]], package: Path | None, checkpoint: Mapping[str, Stored],
-    memory: Memory,
+    rows: Iterable[Mapping[str, Any]], package: Path, checkpoint: Checkpoint, memory: Memory
 ) -> tuple[dict[str, Stored], dict[str, Tensor]]:  # fmt: skip
     """Return where each constant lies, and, as tensors, those that the metadata's rows hold.
 
-    `package`, where it holds the weights, comes before a checkpoint, which is of its architecture.
+    It lies in the package, if its row says where, or in a checkpoint of the same architecture.
     """
     stored, held = {}, {}
     for row in (Constant(**fields) for fields in rows):
@@ -120,11 +120,12 @@ def find_constants(
         if row.values is not None:  # float32, as rope frequencies are
             held[row.name] = memory.zeros(shape, "float32")
             write_numbers(memory, held[row.name], row.values, ctypes.c_float)
-        elif package:
-            stored[row.name] = Stored(package, row.dtype, shape, row.offset or 0)
+        elif row.offset is not None:
+            stored[row.name] = Stored(package, row.dtype, shape, row.offset)
         else:
-            own = next(name for name in (row.name, *row.aliases) if name in checkpoint)
-            stored[row.name] = checkpoint[own]
+            checkpoint.require_weights()
+            own = next(one for one in (row.name, *row.aliases) if one in checkpoint.stored)
+            stored[row.name] = checkpoint.stored[own]
     return stored, held
 
 

@@ -5,9 +5,9 @@ all of it over tensors that have their places, and zeros in them, until the byte
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aotinductor.cache import CacheShape
 from aotinductor.flags import APPROACH
@@ -25,7 +25,7 @@ from common.artifact.manifest import describe, differences, raise_if_different
 from common.cli import Console, SharedFlags
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError, first_line
 from common.model import weights
-from common.model.stored import Stored, read_header
+from common.model.stored import read_header
 from common.model.target import Target, choose_target
 from common.model.tokenizer import TextCodec, load_codec
 
@@ -72,18 +72,17 @@ class Opening(NamedTuple):
                 problem = f"{pair.path} was replaced since this start: try again"
                 raise ArtifactMismatchError(problem)
             try:
-                path, embedded = Path(verified.path_for_loader), built.recipe["embed_weights"]
-                source = Source(verified.file, path, built.details, embedded)
+                package = Package(verified.file, Path(verified.path_for_loader), built.details)
                 how = (self.capture, warm_up_tokens, close_stage)
-                made = assemble(source, target, plan, library, *how)
+                made = assemble(package, target, plan, library, *how)
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                text = first_line(error)
-                if isinstance(error, KeyError | TypeError | AttributeError):
-                    text = f"its metadata does not describe it: {text}"
+                text = f"{type(error).__name__}: {first_line(error)}"
                 raise ArtifactDamagedError(
                     f"{pair.path} cannot be loaded ({text}): build it with ./build.sh"
                 ) from error
-        built_from = f"{built.model['id']} (in the package)"
+        weights_of = target.checkpoint.model_id
+        if plan.built.get("embed_weights"):
+            weights_of = f"{built.model['id']} (in the package)"
         artifact = {
             "name": pair.path.name,
             "sha256": built.file["sha256"],
@@ -91,7 +90,7 @@ class Opening(NamedTuple):
             "verify_seconds": verified.verify_seconds,
             "kv_cache": built.recipe["kv_cache"],
             "library": library,
-            "weights_of": built_from if embedded else target.checkpoint.model_id,
+            "weights_of": weights_of,
         }
         return Engine(made, target, plan, self.codec, artifact)
 
@@ -133,25 +132,13 @@ def choose_library(wanted: str, details: dict[str, Any]) -> str:
     return wanted
 
 
-class Source(NamedTuple):
-    """A package that may be run: its open file, a path that opens it again, and what it holds."""
-
-    file: BinaryIO
-    path: Path
-    details: dict[str, Any]
-    embedded: bool  # the weights are in it
-
-
 def assemble(
-    source: Source, target: Target, plan: Plan, library: str, capture: bool = True,
+    package: Package, target: Target, plan: Plan, library: str, capture: bool = True,
     warm_up_tokens: int = WARM_UP_TOKENS, close_stage: CloseStage = lambda name: None,
 ) -> "KvEngine | BaseEngine":  # fmt: skip
     """Open the package, and return what generates with it over its weights."""
-    programs, assemble_kind = source.details.get("programs"), _assemble_kv
-    if programs is None:
-        programs, assemble_kind = source.details["graphs"], _assemble_base
-    code = _Code(Package(source.file, programs), library, target.device)
-    engine, upload = assemble_kind(target, plan, source, code)
+    code = _Code(package, library, target.device)
+    engine, upload = (_assemble_kv if package.is_kv else _assemble_base)(target, plan, code)
     close_stage("artifact")
     if target.device == "cuda":
         engine.warm_up(warm_up_tokens, capture)
@@ -206,40 +193,39 @@ class _Code:
             self._kernels.cleanup()
 
 
-def _assemble_kv(
-    target: Target, plan: Plan, source: Source, code: _Code
-) -> tuple[KvEngine, weights.Upload]:
-    details = source.details
+def _assemble_kv(target: Target, plan: Plan, code: _Code) -> tuple[KvEngine, weights.Upload]:
+    package, details = code.package, code.package.details
     programs, cache = details["programs"], CacheShape(**details["cache"])
-    stored = _stored_tensors(target, source, code.package)
+    if package.has(WEIGHTS):
+        stored = read_header(package.path, package.offset_of(WEIGHTS))
+    else:
+        target.checkpoint.require_weights()
+        stored = target.checkpoint.stored
     read = {name: stored[name] for name in names_of_weights(programs, target.checkpoint.layers)}
     upload = weights.start_upload(read, target.device, target.dtype, code.convert)
     state, memory = make_state(details, cache, target)
     lacks = details["runtime"]["lacks"] if code.library == RUNTIME_LIBRARY else {}
     # what is called in vain is not opened: without prefill a prompt goes through decode
     opened = code.open([name for name in programs if not lacks.get(name)])
-    libraries = (code.steps, code.interface)
-    steps = PackageSteps(opened, programs, upload.tensors, state, memory, libraries)
-    steps.rotate_with(**details["rope"])
     # rows of it are looked up on the host, also where the table itself is on a GPU
     on_cpu = target.device == "cpu"
-    table = upload.tensors[EMBEDDING] if on_cpu else weights.map_tensor(stored[EMBEDDING])
-    steps.embed_with(table, target.dtype)
+    embedding = upload.tensors[EMBEDDING] if on_cpu else weights.map_tensor(stored[EMBEDDING])
+    steps = PackageSteps(
+        opened, details, upload.tensors, embedding, target.dtype, state, memory,
+        (code.steps, code.interface),
+    )  # fmt: skip
     return KvEngine(steps, state, cache, memory), upload
 
 
-def _assemble_base(
-    target: Target, plan: Plan, source: Source, code: _Code
-) -> "tuple[BaseEngine, weights.Upload]":
+def _assemble_base(target: Target, plan: Plan, code: _Code) -> "tuple[BaseEngine, weights.Upload]":
     # imported here: it brings numpy, which a start of a KV cache goes without
     from aotinductor.start import base_engine as base
 
-    device, details = target.device, source.details
+    device, package, details = target.device, code.package, code.package.details
     longest, vocab = plan.bounds.max_seq_len, details["vocab_size"]
     memory = make_memory(device, max(8 * longest, 4 * vocab))
-    package = source.path if source.embedded else None
-    checkpoint = {} if package else _stored_tensors(target, source, code.package)
-    stored, held = base.find_constants(details["constants"], package, checkpoint, memory)
+    place = (package.path, target.checkpoint)
+    stored, held = base.find_constants(details["constants"], *place, memory)
     upload = weights.start_upload(stored, device, target.dtype, code.convert)
     tensors = upload.tensors | held
     (program,) = code.open(details["graphs"]).values()
@@ -247,11 +233,3 @@ def _assemble_base(
     program.kept = tensors  # bound without a copy
     forward = base.BaseProgram(program, code.interface, memory, longest, vocab, target.dtype)
     return base.BaseEngine(forward, plan.padded), upload
-
-
-def _stored_tensors(target: Target, source: Source, package: Package) -> Mapping[str, Stored]:
-    """Return where each tensor lies: in the package, or in the checkpoint."""
-    if package.has(WEIGHTS):
-        return read_header(source.path, package.offset_of(WEIGHTS))
-    target.checkpoint.require_weights()
-    return target.checkpoint.stored

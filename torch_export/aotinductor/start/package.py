@@ -10,9 +10,9 @@ STEM/weights/model.safetensors             weights, where a KV package holds the
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from common.errors import EnvironmentProblemError
 
@@ -29,12 +29,18 @@ _FOLDERS = ("programs", "data/aotinductor")  # where programs lie: ours, and tho
 class Package:
     """An open package, checked; entries are named without the top folder."""
 
-    def __init__(self, file: BinaryIO, programs: Iterable[str]):
-        """Raises ValueError unless it has a library for each program."""
+    def __init__(self, file: BinaryIO, path: Path, details: Mapping[str, Any]):
+        """`path` opens the file again; `details` are its metadata's.
+
+        Raises ValueError unless it has a library for each program that they name.
+        """
+        self.path, self.details = path, details
+        self.is_kv = "programs" in details
         # reads the directory at the file's end
         self._file, self._archive = file, zipfile.ZipFile(file)
         entries = self._archive.infolist()
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
+        programs = details["programs" if self.is_kv else "graphs"]
         self._libraries = {program: self._library_of(program) for program in programs}
 
     def _library_of(self, program: str) -> str:
@@ -50,8 +56,6 @@ class Package:
     def offset_of(self, name: str) -> int:
         """Return where the bytes of a stored entry begin in the file. KeyError: no such entry."""
         entry = self._entries[name]
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is not stored as it is")
         # a local header: 30 bytes, with the lengths of the name and of the padding at its end
         header = os.pread(self._file.fileno(), 30, entry.header_offset)
         lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aotinductor.start.c_interface import DTYPES, Interface, Program, Shape, Step, operand
 from aotinductor.start.kv_engine import State
@@ -30,14 +31,18 @@ class PackageSteps:
     """What a `KvEngine` steps with: prefill and decode, each one native call."""
 
     def __init__(
-        self, programs: Mapping[str, Program], inputs: Mapping[str, Sequence[str]],
-        weights: Mapping[str, Tensor], state: State, memory: Memory,
-        libraries: tuple[ctypes.CDLL, Interface],
+        self, programs: Mapping[str, Program], details: Mapping[str, Any],
+        weights: Mapping[str, Tensor], embedding: Tensor, dtype: str, state: State,
+        memory: Memory, libraries: tuple[ctypes.CDLL, Interface],
     ):  # fmt: skip
-        """`inputs` as for `names_of_weights`; `libraries`: libllama_steps.so, and what it calls."""
+        """`details`: the metadata's. `embedding` is a table of the host, `dtype` the model's.
+
+        `libraries`: libllama_steps.so, and what it calls.
+        """
+        inputs = details["programs"]  # as for `names_of_weights`
         self._stream = memory.stream.handle if isinstance(memory, GpuMemory) else None
         self._state, self._memory, self._weights = state, memory, weights  # calls have addresses
-        self._library = libraries[0]
+        self._library, self._embedding, self._dtype = libraries[0], embedding, dtype
         self._hidden, self._tables = Shape(state.hidden.shape), Shape(state.keys[0].shape)
         self._width, self._rows = state.keys[0].shape[1], state.keys[0].shape[0]
         shapes = {id(state.hidden): self._hidden}
@@ -65,8 +70,9 @@ class PackageSteps:
         if self.takes_prompts:
             self._layers = step(PREFILL, [], Shape(state.keys[0].shape))
             self._head = Step(*libraries, memory.device, [self._decode.calls[-1]])
+        self._rotate_with(**details["rope"])
 
-    def rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
+    def _rotate_with(self, inv_freq: Sequence[float], attention_scaling: float) -> None:
         """Write the rotations of every slot: once, and not in every layer and step."""
         half, (_, slots, _) = len(inv_freq), self._state.rope.shape
         frequencies = (ctypes.c_float * half)(*inv_freq)
@@ -78,13 +84,9 @@ class PackageSteps:
 
         self._memory.fill(self._state.rope, self._state.rope.nbytes, write)
 
-    def embed_with(self, table: Tensor, dtype: str) -> None:
-        """Take embeddings from this table of the host; `dtype` is the model's, which they have."""
-        self._table, self._dtype = table, dtype
-
     def embed(self, token_ids: Sequence[int], name: str) -> None:
         """Put the tokens' embeddings into `row` or the beginning of `hidden`."""
-        self._copy_rows(self._table, self._dtype, token_ids, getattr(self._state, name))
+        self._copy_rows(self._embedding, self._dtype, token_ids, getattr(self._state, name))
 
     def _copy_rows(self, table: Tensor, dtype: str, rows: Sequence[int], place: Tensor) -> None:
         """Put rows of a table of the host to the beginning of `place`, rounded to `dtype` first."""
