@@ -74,7 +74,7 @@ def ask_transformers(folder: Path) -> dict[str, Any]:
             **_parameters(model),
         }
     except _UNREADABLE as error:
-        raise _refusal(folder, error) from error
+        raise _refusal(folder / "config.json", error) from error
     return answer | {"tokenizer": _tokenizer(folder)}
 
 
@@ -103,15 +103,12 @@ def read_config(folder: Path):
         words["rope_scaling"] = rope if scaled else None
         return CONFIG_MAPPING[words["model_type"]].from_dict(words)
     except _UNREADABLE as error:
-        raise _refusal(folder, error) from error
+        raise _refusal(folder / "config.json", error) from error
 
 
-def _refusal(folder: Path, error: Exception) -> UsageError:
+def _refusal(path: Path, error: Exception) -> UsageError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    return UsageError(
-        f"transformers {package_version('transformers')} cannot read "
-        f"{folder / 'config.json'}: {text}"
-    )
+    return UsageError(f"transformers {package_version('transformers')} cannot read {path}: {text}")
 
 
 # --- architecture ----------------------------------------------------------------------------
@@ -284,8 +281,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # as above: it hands the same on
-        words = " ".join(str(error).split())[:300]
-        raise UsageError(f"transformers cannot read the tokenizer in {folder}: {words}") from error
+        raise _refusal(path, error) from error
     if not tokenizer.is_fast:
         raise UsageError(
             f"{folder} has no fast tokenizer: transformers reads it as {type(tokenizer).__name__}"
