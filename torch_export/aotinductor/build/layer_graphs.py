@@ -38,35 +38,25 @@ Run = Callable[[Tensors, "LayerKind"], None]
 class LayerKind:
     """What all decoder layers of a model have in common."""
 
-    weights: tuple[str, ...]  # names of a layer's tensors, within it
     head_dim: int
     scaling: float
     eps: float
     activate: Callable[[Tensor], Tensor]
+    attend: Callable[..., Tensor]  # in decode, called as `plain_attention`
     on_cuda: bool
-
-    @property
-    def attend(self) -> Callable[..., Tensor]:
-        """What decode attends with, called as `plain_attention`."""
-        if self.on_cuda:
-            from aotinductor.build import decode_kernel  # needs Triton, which torch for CPUs lacks
-
-            if decode_kernel.supports(self.head_dim):
-                return decode_kernel.kernel_attention
-        return plain_attention
 
 
 def describe_layers(causal_lm) -> LayerKind:
     """Return the one kind of layer that a model of these families has."""
-    layer = causal_lm.model.layers[0]
-    return LayerKind(
-        tuple(name for name, _ in layer.named_parameters()),
-        layer.self_attn.head_dim,
-        layer.self_attn.scaling,
-        layer.input_layernorm.variance_epsilon,
-        layer.mlp.act_fn,
-        causal_lm.device.type == "cuda",
-    )
+    layer, on_cuda = causal_lm.model.layers[0], causal_lm.device.type == "cuda"
+    attention, attend = layer.self_attn, plain_attention
+    if on_cuda:
+        from aotinductor.build import decode_kernel  # needs Triton, which torch for CPUs lacks
+
+        if decode_kernel.supports(attention.head_dim):
+            attend = decode_kernel.kernel_attention
+    eps, activate = layer.input_layernorm.variance_epsilon, layer.mlp.act_fn
+    return LayerKind(attention.head_dim, attention.scaling, eps, activate, attend, on_cuda)
 
 
 class Program(nn.Module):
@@ -93,7 +83,8 @@ def make_programs(causal_lm) -> dict[str, Program]:
         head_weight = EMBEDDING
     of_head = {"norm.weight": "model.norm.weight", "head.weight": head_weight}
     of_head["embedding"] = EMBEDDING
-    of_layer = {name: f"model.layers.{{layer}}.{name}" for name in kind.weights}
+    own = [name for name, _ in causal_lm.model.layers[0].named_parameters()]
+    of_layer = {name: f"model.layers.{{layer}}.{name}" for name in own}
     tables = ("rope", "keys", "values")
     return {
         "prefill_layer": Program(prefill_layer, kind, ("hidden", *tables), of_layer),

@@ -48,8 +48,9 @@ class BaseProgram:
         check(self._run(self._program.handle, inputs, two, outputs, one, stream, None), "the graph")
         output = ctypes.c_void_p(outputs[0])
         try:
-            address = self._interface.data_pointer(output)
-            logits = Tensor(address, (len(ids), self._vocab_size), self._dtype)
+            address, library = ctypes.c_void_p(), self._interface.library
+            library.aoti_torch_get_data_ptr(output, ctypes.byref(address))
+            logits = Tensor(address.value or 0, (len(ids), self._vocab_size), self._dtype)
             return read_floats(memory, logits, rows.start, len(rows))
         finally:
             self._interface.library.aoti_torch_delete_tensor_object(output)

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import machine
 from common.errors import EnvironmentProblemError
@@ -67,18 +67,11 @@ def operand(tensor: Tensor, shape: Shape | None = None) -> Operand:
     )
 
 
-class Interface:
+class Interface(NamedTuple):
     """The library behind the calls: `name` is runtime or libtorch."""
 
-    def __init__(self, name: str, library: ctypes.CDLL):
-        self.name, self.library = name, library
-        self.create = address_of(library, "aoti_torch_create_tensor_from_blob_v2")
-        self.drop = address_of(library, "aoti_torch_delete_tensor_object")
-
-    def data_pointer(self, handle: ctypes.c_void_p) -> int:
-        found = ctypes.c_void_p()
-        self.library.aoti_torch_get_data_ptr(handle, ctypes.byref(found))
-        return int(found.value or 0)
+    name: str
+    library: ctypes.CDLL
 
 
 def address_of(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
@@ -156,17 +149,18 @@ class Program:
 
     def constants(self) -> list[tuple[bytes, str]]:
         """Return (the program's own name, the checkpoint's name) of each constant."""
-        count, found = ctypes.c_size_t(), []
-        self.library.AOTInductorModelContainerGetNumConstants(self.handle, ctypes.byref(count))
-        for index in range(count.value):
-            names = []
-            for function in ("GetConstantName", "GetConstantOriginalFQN"):
-                name = ctypes.c_char_p()
-                ask = getattr(self.library, f"AOTInductorModelContainer{function}")
-                ask(self.handle, ctypes.c_size_t(index), ctypes.byref(name))
-                names.append(name.value or b"")
-            found.append((names[0], names[1].decode()))
-        return found
+        library, count = self.library, ctypes.c_size_t()
+        library.AOTInductorModelContainerGetNumConstants(self.handle, ctypes.byref(count))
+
+        def name_by(function: Callable[..., int], index: int) -> bytes:
+            name = ctypes.c_char_p()
+            function(self.handle, ctypes.c_size_t(index), ctypes.byref(name))
+            return name.value or b""
+
+        own = library.AOTInductorModelContainerGetConstantName
+        checkpoints = library.AOTInductorModelContainerGetConstantOriginalFQN
+        indices = range(count.value)
+        return [(name_by(own, at), name_by(checkpoints, at).decode()) for at in indices]
 
 
 class Step:
@@ -179,8 +173,8 @@ class Step:
         count, self.calls = len(calls), calls
         pointers = [ctypes.pointer(one) for _, inputs in calls for one in inputs]
         self._arguments: tuple[Any, ...] = (
-            interface.create,
-            interface.drop,
+            address_of(interface.library, "aoti_torch_create_tensor_from_blob_v2"),
+            address_of(interface.library, "aoti_torch_delete_tensor_object"),
             ctypes.c_int32(DEVICES[device]),
             ctypes.c_int32(0),
             ctypes.c_int64(count),

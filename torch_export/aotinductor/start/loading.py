@@ -166,7 +166,7 @@ class _Code:
         self.interface = self._open_interface()
         for name in programs:
             cubins = Path(self._kernels.name, name) if self._kernels else None
-            path = package.program(name, self.library)
+            path = package.library(package.libraries[name], self.library)
             opened[name] = c_interface.Program(path, self.interface, self.device, cubins)
         return opened
 

@@ -41,7 +41,7 @@ class Package:
         entries = self._archive.infolist()
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         programs = details["programs" if self.is_kv else "graphs"]
-        self._libraries = {program: self._library_of(program) for program in programs}
+        self.libraries = {program: self._library_of(program) for program in programs}
 
     def _library_of(self, program: str) -> str:
         for name in self._entries:
@@ -78,17 +78,13 @@ class Package:
             _unpacked[key] = f"/proc/self/fd/{descriptor}"
         return _unpacked[key]
 
-    def program(self, program: str, over: str) -> str:
-        """Return a path that opens a program, which is bound to what it calls when it is opened."""
-        return self.library(self._libraries[program], over)
-
     def unpack_kernels(self) -> "tempfile.TemporaryDirectory[str]":
         """Return a folder with one per program of its CUDA kernels: data, which only CUDA reads."""
         import tempfile
 
         try:
             folder = tempfile.TemporaryDirectory(prefix="llama-kernels-")
-            for program, library in self._libraries.items():
+            for program, library in self.libraries.items():
                 own = Path(folder.name, program)
                 own.mkdir()
                 for name, entry in self._entries.items():
