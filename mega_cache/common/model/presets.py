@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Console
-from common.errors import EnvironmentProblemError
 
 _FOLDER = Path(__file__).resolve().parents[2] / "artifacts" / "checkpoints"
 # raised when what is written changes, so that no old folder is taken for a new one
@@ -104,15 +103,9 @@ def _write_model(config: dict[str, Any], seed: int, folder: Path) -> None:
     Each weight is drawn on the CPU from the seed and its own name, so neither a GPU nor the number
     of threads changes it.
     """
-    try:
-        import torch
-        from safetensors.torch import save_file
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise EnvironmentProblemError(
-            f"{error}: weights of a preset are drawn with torch and transformers; install them, or "
-            "name a checkpoint folder that is there"
-        ) from error
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     # transformers 5 writes into the rope settings that it is given
     with torch.device("meta"):
