@@ -34,8 +34,6 @@ NAMES = {
     "new_artifacts": "torch.compiler._cache.CacheArtifactManager._new_cache_artifacts",
     "fresh_entries": "torch.compiler._cache.CacheArtifactManager.with_fresh_cache",
     "PlainFile": "torch._inductor.runtime.autotune_cache.AutotuneCacheArtifact",
-    # load_cache_artifacts() checks no bounds: it reads on beyond a damaged blob's end, for ever
-    "BytesReader": "torch.utils._appending_byte_serializer.BytesReader",
     # settings and folders of the compiler, which have no public home
     "config": "torch._inductor.config",
     "dynamo_config": "torch._dynamo.config",

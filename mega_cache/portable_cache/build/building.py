@@ -76,7 +76,7 @@ def build(
         torch_private.forget_compiled_state(builder.model)
         cache = generation.make_cache(builder.model, slots)
         warmed.insert(0, warm_up(builder, cache, slots, length))
-    saved = saving.save_bundle(step.package if step else None)
+    blob, entries = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
         schema=SCHEMA,
@@ -89,15 +89,15 @@ def build(
         details={
             "warmed": warmed,
             "checkpoint": target.checkpoint.resolved,
-            "entries": saved.entries,
+            "entries": entries,
             "decode_step": step.contract if step else None,
             "verified": what.verify,
         },
     )
     if what.verify:
-        verify_starts(builder, manifest, saved.blob)
+        verify_starts(builder, manifest, blob)
         stages.close("verify")
-    written = write_artifact(pair, manifest, saved.blob)._asdict()
+    written = write_artifact(pair, manifest, blob)._asdict()
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
         "shortcomings": torch_private.lost, **written,

@@ -152,19 +152,19 @@ def _load(
             console.warn(f"{manifest.describe([one])}: usually harmless")
         blob = disk.read_blob(verified)
     try:
-        loaded = bundle.load_bundle(blob)
+        step, restored = bundle.load_bundle(blob)
     except (ArtifactDamagedError, ArtifactMismatchError) as error:
         raise type(error)(f"{pair.path}: {error}") from error
-    watch.restored.update(loaded.restored)
+    watch.restored.update(restored)
     artifact = {
         "name": pair.path.name,
         **built.file,
         "verify_seconds": verified.verify_seconds,
         "entries": built.details["entries"],
     }
-    if loaded.decode_step is None:
+    if step is None:
         return artifact, None
-    return artifact, decode_step.SavedStep(loaded.decode_step, built.details["decode_step"])
+    return artifact, decode_step.SavedStep(step, built.details["decode_step"])
 
 
 def _use_decode_step(
