@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +36,10 @@ def as_json_text(document: dict) -> str:
 
     Texts of prompts and completions stay as they are, whatever they hold.
     """
-    return _as_json(_without_places(document), "") + "\n"
+    text = json.dumps(_without_places(document), indent=2, allow_nan=False)
+    # no string holds a line break: what is found is an array, and of numbers
+    numbers = re.compile(r"\[\n\s*([-+.,\deE\s]+?)\s*\]")
+    return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 _TEXTS = ("prompt", "text", "completions")
@@ -48,12 +52,7 @@ def _without_places(value: Any, key: str = "") -> Any:
     if key in _TEXTS:
         return value
     if isinstance(value, list | tuple):
-        # in a command the word after --prompt is one, and the word itself holds one after the =
-        words = ["", *value]
-        return [
-            one if _is_prompt(one, before) else _without_places(one)
-            for before, one in zip(words, value, strict=False)
-        ]
+        return [_without_places(one) for one in value]
     if not isinstance(value, str):
         return value
     places = {
@@ -65,24 +64,6 @@ def _without_places(value: Any, key: str = "") -> Any:
     for place in sorted(places, key=len, reverse=True):  # a folder may lie in another one
         value = value.replace(place, places[place])
     return value
-
-
-def _is_prompt(word: Any, before: Any) -> bool:
-    return before == "--prompt" or (isinstance(word, str) and word.startswith("--prompt="))
-
-
-def _as_json(value: Any, indent: str) -> str:
-    """Return what json.dumps does with an indent of two, but numbers of an array side by side."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        rows = [f"{json.dumps(str(k))}: {_as_json(one, inner)}" for k, one in value.items()]
-        return f"{{\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}}}"
-    if isinstance(value, list | tuple) and value:
-        rows = [_as_json(one, inner) for one in value]
-        if all(isinstance(one, int | float) for one in value):
-            return f"[{', '.join(rows)}]"
-        return f"[\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
 
 
 # ---- tables ------------------------------------------------------------------------------
