@@ -54,8 +54,6 @@ def build(
     """Warm up, write the artifact and its metadata, and return the build's result."""
     stages = Stages(process_start())
     stages.close("imports")
-    if untested := torch_private.beyond_tested():
-        console.warn(untested)
     bundle.check_caches_are_on()
     target.checkpoint.require_weights()
     bundle.configure(target.device)
