@@ -106,8 +106,8 @@ def test_texts_stay_as_they_are_whatever_they_hold(monkeypatch):
 
 def test_stages_add_up_to_the_wall_time():
     stages = Stages(process_start())
-    with stages.stage("first"):
-        sum(range(10**5))
+    stages.close("first")
+    sum(range(10**5))
     stages.close("rest")
     assert sum(stages.seconds.values()) == pytest.approx(stages.elapsed(), abs=0.01)
 
