@@ -9,8 +9,6 @@ from typing import Any
 
 from common import cuda
 
-# set in processes whose GPU computes nothing: what they make must never meet a real one
-REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
 # what generated code may use of a processor; other words of /proc/cpuinfo do not matter
 _CODE_FEATURES = re.compile(
     r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
@@ -29,11 +27,7 @@ def spin_less() -> None:
 
 def environment() -> dict[str, Any]:
     """Return the machine and the stack, None where unknown: the GPU once this process uses it."""
-    return gpu_environment() | _stack() | ({"rehearsal": True} if in_rehearsal() else {})
-
-
-def in_rehearsal() -> bool:
-    return bool(os.environ.get(REHEARSAL_VARIABLE))
+    return gpu_environment() | _stack()
 
 
 _uses_gpu = False

@@ -43,7 +43,6 @@ from common.errors import (
     ScriptError,
     UsageError,
 )
-from common.machine import REHEARSAL_VARIABLE
 
 FOLDER = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
@@ -483,19 +482,6 @@ def test_the_other_approachs_artifact_is_a_mismatch(pair):
         open_verified(pair, "mega_cache", TrustFlags(), QUIET),
     ):
         pass
-
-
-def test_a_rehearsals_artifact_is_for_rehearsals_only(pair, monkeypatch):
-    monkeypatch.setenv(REHEARSAL_VARIABLE, "1")
-    write_pair(
-        pair,
-        lambda path: path.write_bytes(content_of(0)) and None,
-        lambda record: manifest_of(record)._replace(environment={"rehearsal": True}),
-    )
-    assert read_build(pair) == 0
-    monkeypatch.delenv(REHEARSAL_VARIABLE)
-    message = refusal(ArtifactMismatchError, pair)
-    assert "rehearsal: built with true, found none" in message
 
 
 def test_files_of_two_builds_are_refused(pair):

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.machine import REHEARSAL_VARIABLE
 from common.measure import report
 from common.measure.measures import (
     MEASURES,
@@ -110,9 +109,3 @@ def test_stages_add_up_to_the_wall_time():
     sum(range(10**5))
     stages.close("rest")
     assert sum(stages.seconds.values()) == pytest.approx(stages.elapsed(), abs=0.01)
-
-
-def test_a_rehearsal_says_so(monkeypatch):
-    assert "rehearsal" not in report.environment()
-    monkeypatch.setenv(REHEARSAL_VARIABLE, "1")
-    assert report.environment()["rehearsal"] is True

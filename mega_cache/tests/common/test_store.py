@@ -31,7 +31,6 @@ from common.errors import (
     EnvironmentProblemError,
     UsageError,
 )
-from common.machine import REHEARSAL_VARIABLE
 
 APPROACH = "torch_export"
 QUIET = Console(quiet=True)
@@ -196,15 +195,6 @@ def test_another_versions_metadata_is_passed_over(pair, url):
     other = Path(url) / APPROACH / "a" / "b" / "c"
     other.mkdir(parents=True)
     (other / "meta.json").write_text(json.dumps({"schema": 99}))
-    assert fetch(url)[1] == 1
-
-
-def test_a_rehearsals_artifact_stands_apart_and_fits_no_real_start(pair, url, monkeypatch):
-    publish(pair, url, 1)
-    monkeypatch.setenv(REHEARSAL_VARIABLE, "1")
-    publish(pair, url, 2, HERE | {"rehearsal": True})
-    assert fetch(url)[1] == 2
-    monkeypatch.delenv(REHEARSAL_VARIABLE)
     assert fetch(url)[1] == 1
 
 

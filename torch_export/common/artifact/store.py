@@ -90,8 +90,6 @@ def _place_of(built: Manifest) -> str:
         device = ["cuda", environment.get("cuda"), environment.get("gpu")]
     else:
         device = ["cpu", recipe.get("cpu_capability") or platform.machine()]
-    if environment.get("rehearsal"):
-        device.append("rehearsal")
     # their own code is part of what was compiled
     recipe = recipe | {name: environment.get(name) for name in ("transformers", "triton")}
     parts = (
@@ -166,10 +164,7 @@ def _choose(
             f"none of the {len(entries)} artifacts in {url} has the metadata that --expect-sha256 "
             f"{trust.expect_sha256} asks for: pin one that is there"
         )
-    compared = [
-        (entry, manifest.rehearsal_differences(entry.manifest) + fits(entry.manifest))
-        for entry in allowed
-    ]
+    compared = [(entry, fits(entry.manifest)) for entry in allowed]
     fitting = [entry for entry, unlike in compared if not unlike]
     for entry, unlike in compared:
         if unlike and (console.verbose or not fitting):
