@@ -118,12 +118,16 @@ def runtime() -> Runtime:
     return found
 
 
+def loaded_library(name: str) -> str | None:
+    """Return the file in this process whose name begins like this, or None."""
+    words = Path("/proc/self/maps").read_text().split()
+    return next((word for word in words if f"/{name}" in word), None)
+
+
 def _find_runtime() -> Path | str:
     """Return the library: one already loaded, a wheel's (nvidia-cuda-runtime), or the system's."""
-    mapped = Path("/proc/self/maps").read_text().split()
-    loaded = [word for word in mapped if "/libcudart.so." in word]
-    if loaded:
-        return loaded[0]
+    if loaded := loaded_library("libcudart.so."):
+        return loaded
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or () if spec else ():
         # cuda_runtime for CUDA 12, cu13 from then on

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import cuda
 from common.cli import Console
 from common.errors import EnvironmentProblemError
 
@@ -136,19 +137,10 @@ def assemble_cuda_home(parent: Path) -> Path:
             link = home / "include" / entry.name
             if not link.is_symlink():
                 link.symlink_to(entry)
-    if driver := driver_library():
+    # linkers look for the driver that this process uses by this name
+    if driver := cuda.loaded_library("libcuda.so"):
         (home / "lib64/libcuda.so").symlink_to(driver)
     return home
-
-
-def driver_library() -> Path | None:
-    """Return the driver's library that this process uses; linkers look for it as libcuda.so."""
-    import torch
-
-    torch.cuda.init()
-    mapped = Path("/proc/self/maps").read_text()
-    found = re.search(r"/\S*/libcuda\.so\S*$", mapped, re.MULTILINE)
-    return Path(found[0]) if found else None
 
 
 def _show_tuning_as_progress(console: Console) -> None:

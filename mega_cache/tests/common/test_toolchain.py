@@ -65,7 +65,7 @@ def test_cuda_home_takes_headers_of_the_user_first_and_links_the_driver(monkeypa
     driver = tmp_path / "libcuda.so.1"
     driver.write_bytes(b"")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "users"))
-    monkeypatch.setattr("common.compiler.toolchain.driver_library", lambda: driver)
+    monkeypatch.setattr("common.cuda.loaded_library", lambda name: str(driver))
     home = assemble_cuda_home(tmp_path)
     assert (home / "include/cuda.h").read_text() == "// the user's"
     assert (home / "include/nv/target").exists()
