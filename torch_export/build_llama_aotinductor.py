@@ -50,12 +50,17 @@ def report(document: dict, settings: BuildSettings, console: Console) -> None:
     }
     console.result(markdown_table(["saved", ""], list(saved.items())))
     checks = details["verification"]
-    rows = [
-        [f"{value:.2e}" if isinstance(value, float) else str(value) for value in check.values()]
-        for check in checks
-    ]
-    header = [name.replace("_", " ") for name in checks[0]]
+    names = [name for name in checks[0] if name != "float32"]
+    found = [[check[name] for name in names] for check in checks]
+    rows = [[f"{x:.2e}" if isinstance(x, float) else str(x) for x in row] for row in found]
+    header = [name.replace("_", " ") for name in names]
     console.result("\nlogits beside those of eager:\n\n" + markdown_table(header, rows))
+    for check in checks:
+        if off := check.get("float32"):
+            console.result(
+                f"at {check['tokens']} tokens from float32: the package {off['package']:.2g} of "
+                f"the largest logit, eager itself {off['eager']:.2g}"
+            )
     # its device and dtype the package knows itself
     given = config_of(SharedFlags(settings.shared.model_id), settings.files)
     usual = config_of(SharedFlags(), PackageFileFlags())

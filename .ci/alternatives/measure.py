@@ -1,17 +1,19 @@
 """One model on one machine in one run: what this repository starts, and what else could be taken.
 
     python -m pip install llama-cpp-python        beside torch and transformers
-    python .ci/alternatives/measure.py FOLDER MODEL.gguf RESULT.json
+    python .ci/alternatives/measure.py MODEL MODEL.gguf RESULT.json
 
-FOLDER is the checkpoint; MODEL.gguf the same model in any kind of GGUF, of which llama.cpp's own
-conversion makes F32, BF16 and F16. The artifacts are those that .ci/measure built under the labels
-float32 and bfloat16. A trial is a fresh process with empty compiler caches; rows alternate.
+MODEL is a checkpoint's folder or a preset; MODEL.gguf the same model in any kind of GGUF
+(to_gguf.py makes one of a preset), of which llama.cpp's own conversion makes F32, BF16 and F16. The
+artifacts are those that .ci/measure built under the labels float32 and bfloat16. A trial is a fresh
+process with empty compiler caches; rows alternate.
 
-Two kinds of trials. Decode: a short prompt, several requests of 128 new tokens: seconds to the
+Two kinds of trials. Decode: a short prompt, several requests of --new-tokens each: seconds to the
 first token, interpreter start included, and tokens per second of decode after request 1. Prefill:
 prompts of 16, 128 and 1,000 tokens, each twice, of which the second is taken.
 """
 
+import argparse
 import ctypes
 import importlib.metadata
 import os
@@ -25,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "mega_cache"))
 from common.measure.measures import Request, decode_seconds_per_token, quotient, summarize
 from common.measure.report import SCHEMA, write_json
 from common.measure.trials import run_trial
+from common.model.presets import CONFIGS, preset_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 128, 2
+PROMPT = "The capital of France is"
 LENGTHS = (16, 128, 1000)
 # kind of file: llama.cpp's number for it (its enum llama_ftype)
 KINDS = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "float16": ("F16", 1)}
@@ -47,31 +50,39 @@ class Row:
 
 
 def main() -> None:
-    folder, gguf, result = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2, help="decode trials of each row")
+    asked = parser.parse_args()
+    folder = preset_folder(asked.model) if asked.model in CONFIGS else Path(asked.model)
     with tempfile.TemporaryDirectory(prefix="llama-alternatives-") as place:
-        rows = own_rows(folder)
+        rows = own_rows(asked.model, folder)
         for dtype, (kind, number) in KINDS.items():
             converted = Path(place, f"{kind}.gguf")
-            convert(gguf, number, converted)
+            convert(asked.gguf, number, converted)
             command = [script(".ci/alternatives/trial.py"), f"--model-id={converted}"]
-            rows.append(Row("llama.cpp", dtype, [*command, "--engine=llama.cpp"]))
+            command += ["--engine=llama.cpp", "--bos" if begins_with_bos(folder) else "--no-bos"]
+            rows.append(Row("llama.cpp", dtype, command))
         lines = Path(place, "prompts.txt")
         twice = [text for text in prompts_of(folder) for _ in range(2)]
         lines.write_text("".join(f"{text}\n" for text in twice))
-        document = measure(rows, lines, folder)
-    write_json(document, result)
+        document = measure(rows, lines, asked)
+    write_json(document, asked.result)
 
 
 def script(path: str) -> str:
     return str(REPOSITORY / path)
 
 
-def own_rows(folder: Path) -> list[Row]:
+def own_rows(name: str, folder: Path) -> list[Row]:
     """Return the rows of this repository and of transformers."""
     rows = []
     for dtype in ("float32", "bfloat16"):
-        label = f"artifacts/measure_{folder.name}_{dtype}"
-        model = [f"--model-id={folder}", f"--dtype={dtype}", "--device=cpu"]
+        label = f"artifacts/measure_{label_of(name)}_{dtype}"
+        model = [f"--model-id={name}", f"--dtype={dtype}", "--device=cpu"]
         export = [script("torch_export/run_llama_aotinductor.py"), *model]
         export += [f"--package-path={script(f'torch_export/{label}.pt2')}"]
         mega = [script("mega_cache/run_llama_with_portable_cache.py"), *model]
@@ -88,6 +99,11 @@ def own_rows(folder: Path) -> list[Row]:
     return rows
 
 
+def label_of(model: str) -> str:
+    """Return a model's name in file names, as .ci/measure has it."""
+    return Path(model).name.replace(":", "-")
+
+
 def convert(gguf: Path, kind: int, target: Path) -> None:
     """Write the model in another kind, by llama.cpp's own quantise call."""
     import llama_cpp
@@ -99,6 +115,14 @@ def convert(gguf: Path, kind: int, target: Path) -> None:
     files = (str(gguf).encode(), str(target).encode())
     if llama_cpp.llama_model_quantize(*files, ctypes.byref(choices)):
         sys.exit(f"llama.cpp cannot convert {gguf}")
+
+
+def begins_with_bos(folder: Path) -> bool:
+    """Say whether transformers begins a prompt with BOS, which a GGUF file may have otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer("text").input_ids[0] == tokenizer.bos_token_id
 
 
 def prompts_of(folder: Path) -> list[str]:
@@ -114,15 +138,19 @@ def prompts_of(folder: Path) -> list[str]:
     return texts
 
 
-def measure(rows: list[Row], lines: Path, folder: Path) -> dict:
+def measure(rows: list[Row], lines: Path, asked: argparse.Namespace) -> dict:
     """Return the result: of each row what the table shows, summarised over its trials."""
-    floor = [script("mega_cache/common/measure/floor.py"), f"--model-id={folder}", "--device=cpu"]
+    floor = [
+        script("mega_cache/common/measure/floor.py"),
+        f"--model-id={asked.model}",
+        "--device=cpu",
+    ]
     floors = [run(floor)]
-    for turn in range(ROUNDS):
+    for turn in range(asked.rounds):
         for row in rows[:: -1 if turn % 2 else 1]:
             print(f"round {turn + 1}: {row.name}, {row.dtype}", file=sys.stderr, flush=True)
             words = [f"--prompt={PROMPT}", f"--num-requests={row.requests}", "--ignore-eos"]
-            row.trials.append(run([*row.command, *words, f"--max-new-tokens={NEW_TOKENS}"]))
+            row.trials.append(run([*row.command, *words, f"--max-new-tokens={asked.new_tokens}"]))
         floors.append(run(floor))
     for row in rows:
         if not row.compiles:
@@ -140,7 +168,11 @@ def measure(rows: list[Row], lines: Path, folder: Path) -> dict:
         "kind": "alternatives",
         "environment": expected["environment"],
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
-        "config": {"model_id": folder.name, "prompt": PROMPT, "max_new_tokens": NEW_TOKENS},
+        "config": {
+            "model_id": Path(asked.model).name,
+            "prompt": PROMPT,
+            "max_new_tokens": asked.new_tokens,
+        },
         "read_bytes_per_second": read,
         "rows": [summary(row, needed[row.dtype], read["mean"], expected) for row in rows],
     }

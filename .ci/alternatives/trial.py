@@ -31,13 +31,16 @@ class EngineFlags(Flags):
     """engine"""
 
     engine: str = flag("llama.cpp", "what serves", choices=("llama.cpp", "torch.compile"))
+    bos: bool = flag(False, "begin each prompt for llama.cpp with BOS")
 
 
 def main(argv: Sequence[str]) -> None:
     shared, asked, chosen = parse_flags(__doc__, (SharedFlags, PromptFlags, EngineFlags), argv)
     stages = Stages(process_start())
-    opened = {"llama.cpp": open_llama_cpp, "torch.compile": open_compiled}[chosen.engine]
-    generate = opened(shared.model_id, asked.max_new_tokens)
+    if chosen.engine == "llama.cpp":
+        generate = open_llama_cpp(shared.model_id, asked.max_new_tokens, chosen.bos)
+    else:
+        generate = open_compiled(shared.model_id, asked.max_new_tokens)
     setup_seconds = stages.elapsed()
     file = asked.prompts_file
     prompts = file.read_text().splitlines() if file else [asked.prompt] * asked.num_requests
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(document, shared.json)
 
 
-def open_llama_cpp(path: str, new_tokens: int) -> Generate:
+def open_llama_cpp(path: str, new_tokens: int, bos: bool) -> Generate:
     from llama_cpp import Llama
 
     cores = len(os.sched_getaffinity(0))
@@ -62,6 +65,7 @@ def open_llama_cpp(path: str, new_tokens: int) -> Generate:
 
     def generate(prompt: str, on_token: Callable[[int], None]) -> list[int]:
         prompt_ids, token_ids = llama.tokenize(prompt.encode(), add_bos=False), []
+        prompt_ids = [llama.token_bos()] * bos + prompt_ids
         llama.reset()  # else the beginning that two prompts share is not computed again
         for token_id in itertools.islice(llama.generate(prompt_ids, temp=0.0), new_tokens):
             on_token(token_id)
@@ -72,14 +76,14 @@ def open_llama_cpp(path: str, new_tokens: int) -> Generate:
 
 
 def open_compiled(folder: str, new_tokens: int) -> Generate:
-    """transformers with a static cache and a compiled forward, in the checkpoint's own dtype."""
+    """transformers with a static cache and a compiled forward, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common.model.tokenizer import TokenStreamer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     model.forward = torch.compile(model.forward)
 
     def generate(prompt: str, on_token: Callable[[int], None]) -> list[int]:

@@ -11,8 +11,9 @@ from helpers import FOLDER, run_script
 from pairing import OTHER, QUIET, Pairing, build, run_limited
 from safetensors.torch import load_file, save_file
 
+from aotinductor.build import verify
 from aotinductor.start.sampling import Sampler
-from common.errors import UsageError
+from common.errors import ScriptError, UsageError
 from common.model.presets import CONFIGS, materialize, preset_folder
 
 BUILD, RUN = "build_llama_aotinductor.py", "run_llama_aotinductor.py"
@@ -198,6 +199,20 @@ def test_bfloat16_leaves_eagers_choice_at_near_ties_alone(halved, other_checkpoi
             behind = (logits.max(-1).values - chosen) / logits.std(-1)
             assert behind.max() <= 0.15, library
             assert (behind == 0).float().mean() >= 0.8, library
+
+
+def test_beyond_the_tolerance_float32_decides_whether_a_package_is_wrong(
+    halved, other_checkpoint, monkeypatch
+):
+    pairing = Pairing(halved, other_checkpoint)
+    verified = (pairing.engine.generator, pairing.model.bfloat16(), pairing.plan)
+    monkeypatch.setitem(verify.TOLERANCES, "bfloat16", 0.0)
+    for check in verify.verify_package(*verified):
+        assert 0 < check["float32"]["package"] <= 2 * check["float32"]["eager"]
+    # another prompt than it was told: nothing that rounding does
+    monkeypatch.setattr(pairing.engine.generator.steps, "embed", lambda tokens, into: None)
+    with pytest.raises(ScriptError, match=r"from float32: .*, eager "):
+        verify.verify_package(*verified)
 
 
 def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):

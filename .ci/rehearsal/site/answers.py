@@ -18,7 +18,7 @@ def answer_difference(module):
 
 
 def answer_margin(module):
-    module.largest_margin = lambda eager, prompt, token_ids: 0.0
+    module.largest_margin = lambda logits, token_ids: 0.0
 
 
 def answer_cache_length(module):
