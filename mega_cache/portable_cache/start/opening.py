@@ -150,7 +150,7 @@ def _load(
         manifest.raise_if_different(pair.path, unlike(built))
         for one in unlike_driver(built):
             console.warn(f"{manifest.describe([one])}: usually harmless")
-        blob = disk.read_blob(verified)
+        blob = verified.file.read()
     try:
         step, restored = bundle.load_bundle(blob)
     except (ArtifactDamagedError, ArtifactMismatchError) as error:

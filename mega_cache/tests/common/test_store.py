@@ -19,7 +19,6 @@ from common.artifact.disk import (
     TrustFlags,
     building,
     open_verified,
-    read_blob,
     write_pair,
 )
 from common.artifact.manifest import differences
@@ -85,7 +84,7 @@ def fetch(url, trust=CONSENT, console=QUIET):
     local = store.fetch(ArtifactPair(Path("a.pt2"), Path("a_meta.json")), url, APPROACH, fits,
                         trust, console)  # fmt: skip
     with open_verified(local, APPROACH, trust, console) as verified:
-        content = read_blob(verified)
+        content = verified.file.read()
     number = verified.manifest.details["build"]
     assert content.rstrip(b"x") == content_of(number).rstrip(b"x")
     return local, number
