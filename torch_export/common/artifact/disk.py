@@ -146,25 +146,16 @@ def write_pair(
             }
             built = make_manifest(record)
             text = manifest.dump_manifest(built)
-            _rename(produced, new.path)
+            os.replace(produced, new.path)
             with open(new.metadata_path, "w") as metadata:
                 metadata.write(text)
                 metadata.flush()
                 os.fsync(metadata.fileno())
-            _rename(new.metadata_path, pair.metadata_path)
-            _rename(new.path, pair.path)
+            os.replace(new.metadata_path, pair.metadata_path)
+            os.replace(new.path, pair.path)
     finally:
         _recover(pair)
     return built
-
-
-def _rename(old: Path, new: Path) -> None:
-    """Rename, and bring the folder to disk, so that a power cut keeps the order of the steps."""
-    os.replace(old, new)
-    descriptor = os.open(new.parent, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot flush a folder
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _recover(pair: ArtifactPair) -> None:
@@ -173,7 +164,7 @@ def _recover(pair: ArtifactPair) -> None:
     if os.path.exists(new.path):
         with suppress(errors.ArtifactDamagedError):
             _open_content(new.path, _read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
-            _rename(new.path, pair.path)
+            os.replace(new.path, pair.path)
     shutil.rmtree(pair.path.with_name(f"{pair.path.name}.building"), ignore_errors=True)
     for rubbish in new:
         with suppress(OSError):  # what cannot be removed stops the next step, which names it
