@@ -3,8 +3,9 @@
 python .ci/readme_tables.py           fill what is between the markers
 python .ci/readme_tables.py --check   exit status 1 when a README says something else
 
-A folder's README gets every measurement of its folder, a real model's first. The repository's gets
-what alternatives/measure.py found, and a session as run.json kept it.
+A folder's README gets every measurement of its folder, a real model's first. What
+alternatives/measure.py found of a real model stands in the repository's, beside a session as
+run.json kept it, and of a preset in torch_export's.
 """
 
 import json
@@ -76,30 +77,41 @@ def dtype_of(steps: dict) -> str:
     return steps["build"]["model"]["dtype"]
 
 
-def overview() -> str:
-    """Return a row for each way to serve one model on one machine, measured in one run."""
+def alternatives() -> list[dict]:
+    """Return what alternatives/measure.py found, a real model first."""
     files = sorted(REPOSITORY.glob("torch_export/results/*/alternatives.json"))
-    if not files:
-        return "Nothing is measured yet: `.ci/alternatives/measure.py` does it."
-    result = json.loads(files[-1].read_bytes())
+    results = [json.loads(file.read_bytes()) for file in files]
+    return sorted(results, key=lambda one: one["config"]["model_id"].startswith("random"))
+
+
+def overview() -> str:
+    """Return a row for each way to serve one real model on one machine, measured in one run."""
+    for result in alternatives():
+        return alternatives_table(result, linked=True)
+    return "Nothing is measured yet: `.ci/alternatives/measure.py` does it."
+
+
+def alternatives_table(result: dict, linked: bool) -> str:
     lengths = list(result["rows"][0]["prompt_tokens_per_second"])
     header = ["", "dtype", "first token (s)", "decode tokens/s", "GB/s", "of reads"]
     header += [f"prompt of {length}" for length in lengths]
-    rows = [overview_row(row, lengths) for row in result["rows"]]
+    rows = [alternatives_row(row, lengths, linked) for row in result["rows"]]
     rows.sort(key=lambda row: DTYPES.index(row[1]))
     read = result["read_bytes_per_second"]["mean"] / 1e9
+    trials = result["rows"][0]["decode_tokens_per_second"]["n"]
     about = (
         f"{result['config']['model_id']} on {result['environment']['cpu']}, which reads {read:.1f} "
-        f"GB/s; llama-cpp-python {result['llama_cpp_python']}. Prompts: tokens per second, by "
-        "their tokens."
+        f"GB/s; means of {trials} processes; llama-cpp-python {result['llama_cpp_python']}. "
+        "Prompts: tokens per second, by their tokens."
     )
     return f"{about}\n\n{markdown_table(header, rows)}"
 
 
-def overview_row(row: dict, lengths: list[str]) -> list[str]:
+def alternatives_row(row: dict, lengths: list[str], linked: bool) -> list[str]:
     folder, _, mode = row["name"].partition(", ")
-    name = f"[{folder}]({folder}/README.md#results), {mode}" if folder in FOLDERS else row["name"]
-    prompts = row["prompt_tokens_per_second"]
+    name, prompts = row["name"], row["prompt_tokens_per_second"]
+    if linked and folder in FOLDERS:
+        name = f"[{folder}]({folder}/README.md#results), {mode}"
     return [
         name,
         row["dtype"],
@@ -126,6 +138,8 @@ def session() -> str:
 def folder_text(folder: str) -> str:
     """Return every measurement of a folder: what was measured where, and its tables."""
     parts = [measurement_text(*one) for one in measurements(folder).items()]
+    if folder == "torch_export":
+        parts += [alternatives_table(one, linked=False) for one in alternatives()[1:]]
     return "\n\n".join(parts or ["Nothing is measured yet: `.ci/measure` does it."])
 
 
@@ -133,8 +147,9 @@ def measurement_text(name: str, steps: dict) -> str:
     compared = without_zeros(steps["compare"])
     total = compared["summary"]["total"]
     place = compared["environment"].get("gpu") or ON_CPU
+    what = ", ".join(dict.fromkeys([dtype_of(steps), name.rpartition("_")[2]]))
     parts = [
-        f"**{model_of(steps)}, {dtype_of(steps)}, {name.rpartition('_')[2]}, {place}**",
+        f"**{model_of(steps)}, {what}, {place}**",
         f"{stack(compared['environment'])} Built in {steps['build']['build_seconds']:.0f} s, "
         f"{steps['build']['file']['bytes'] / 1e6:.2f} MB.",
         f"Load against skip, means of {total['load']['n']} fresh processes a side:",
