@@ -23,7 +23,6 @@ IN_COMMON = (
     "torch._inductor.triton_bundler.TritonBundler.read_and_emit",
     "torch._inductor.runtime.cache_dir_utils.cache_dir",
     "torch._inductor.runtime.cache_dir_utils.triton_cache_dir",
-    "torch._inductor.config.cpp_cache_precompile_headers",
     "torch._inductor.select_algorithm.AlgorithmSelectorCache.log_results",
     "torch._inductor.select_algorithm._log_autotune_choices_stats",
 )

@@ -50,8 +50,11 @@ def prepare_toolchain(device: str, host_code: bool, console: Console) -> None:
         os.environ["CUDA_HOME"] = str(home)
         if builder := sys.modules.get("torch.utils.cpp_extension"):
             builder.CUDA_HOME = str(home)  # it reads the environment once, on import
-    if host_code or device == "cpu":
-        check_openssl()
+    if (host_code or device == "cpu") and shutil.which("openssl") is None:
+        raise EnvironmentProblemError(
+            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
+            "it: install it (apt-get install openssl)"
+        )
     _show_tuning_as_progress(console)
 
 
@@ -102,17 +105,6 @@ def _cure(header: str) -> str:
     major, minor = torch.version.cuda.split(".")[:2]
     suffix = f"-cu{major}" if major == "12" else ""  # from CUDA 13 on the names have none
     return f"{sys.executable} -m pip install 'nvidia-cuda-{wheel}{suffix}=={major}.{minor}.*'"
-
-
-def check_openssl() -> None:
-    """Raise where Inductor lacks the program by which it knows C++ headers again."""
-    from torch._inductor import config
-
-    if config.cpp_cache_precompile_headers and shutil.which("openssl") is None:
-        raise EnvironmentProblemError(
-            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
-            "it: install it (apt-get install openssl)"
-        )
 
 
 def assemble_cuda_home(parent: Path) -> Path:
