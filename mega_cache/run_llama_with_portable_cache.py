@@ -63,7 +63,7 @@ def run(settings: RunSettings, console: Console) -> dict | None:
         target = choose_target(settings.shared, console, known)
         opened = open_model(target, pair, settings.wanted(), console, stages.close)
         codec = load_codec(target.checkpoint)
-    if wants_conversation(settings.prompt):
+    if wants_conversation(settings.prompt, settings.shared.json):
         return talk(settings, target.checkpoint, opened, codec)
     prompts = prompts_of(settings.prompt, codec, settings.shared.seed)
     buckets = loading.buckets(opened.flags)
@@ -90,8 +90,6 @@ def talk(
     """Hold a conversation in the longest KV cache that is warmed."""
     from common.model.conversation import converse
 
-    if settings.shared.json:
-        raise UsageError("--json keeps a run's result, and a conversation has none: ask --prompt")
     new_tokens, longest = settings.prompt.max_new_tokens, max(opened.flags.cache_lengths())
     generate = prepare_requests(settings, checkpoint, opened, longest, len)
 
