@@ -22,7 +22,7 @@ class Manifest(NamedTuple):
     model: dict  # id, revision (or None), config_digest, dtype
     environment: dict  # of the build: name -> text, number or None
     recipe: dict  # flag name -> its value at the build
-    file: dict  # bytes: int; sha256: as artifacts.content_digest says; written: UTC, ISO 8601
+    file: dict  # bytes: int; sha256: as disk.content_digest says; written: UTC, ISO 8601
     build_seconds: float
     details: dict  # what else the approach wants to remember, JSON
 

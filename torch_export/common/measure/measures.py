@@ -55,7 +55,7 @@ COMPARED = (
 )
 
 # Compile evidence: name in JSON -> (group, name) in torch._dynamo.utils.counters, the same on 2.9
-# to 2.13. What torch does not count, compile_counts does.
+# to 2.13. What torch does not count, compiler/counts.py does.
 COUNTERS = {
     "unique_graphs": ("stats", "unique_graphs"),
     "calls_captured": ("stats", "calls_captured"),
