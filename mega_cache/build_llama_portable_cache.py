@@ -7,11 +7,7 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common import cuda, machine
 from common.artifact import disk, store
@@ -19,11 +15,7 @@ from common.cli import Console, parse_flags
 from common.compiler.caches import private_compiler_caches
 from common.errors import run_script
 from common.measure.report import markdown_table, write_json
-from portable_cache import no_collections
 from portable_cache.flags import APPROACH, BuildSettings
-
-# the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
-NEEDED_BYTES = 256 * 2**20
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,11 +25,9 @@ def main(argv: Sequence[str]) -> None:
     machine.spin_less()  # before any library with threads is loaded
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches(), disk.building(pair, console):
-        disk.check_target(pair, NEEDED_BYTES)
-        with no_collections():
-            # imported late: --help answers without torch, and bad flags without its seconds
-            from common.model.target import choose_target
-            from portable_cache.build.building import build
+        # imported late: --help answers without torch, and bad flags without its seconds
+        from common.model.target import choose_target
+        from portable_cache.build.building import build
 
         target = choose_target(settings.shared, console)
         flags, seed = settings.compilation, settings.shared.seed

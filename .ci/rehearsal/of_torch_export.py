@@ -70,9 +70,7 @@ def rehearse_package(rehearsal: Rehearsal, package: Package) -> None:
     check_start(rehearsal, subject, package, started)
     if package is KV:
         rehearsal.check_compare("torch_export, compare", RUN, *files, *package.run)
-    if not rehearsal.real:
-        rehearsal.check_marked(subject, metadata, RUN, (*files, *package.run))
-    elif package is not STATIC:
+    if rehearsal.real and package is not STATIC:
         rehearsal.check_logits(subject, CHECK_LOGITS, files)
 
 

@@ -101,14 +101,6 @@ class Rehearsal:
         unseen = [what for what, names in seen.items() if not names]
         self.check(subject, "a build is seen to compile and to tune", unseen)
 
-    def check_marked(self, subject: str, metadata: dict, run: str, files: Iterable[str]) -> None:
-        """Check that an artifact says what it is, and serves nobody who is not rehearsing."""
-        marked = metadata["environment"].get("rehearsal")
-        self.check_that(subject, "the metadata says rehearsal", marked is True, marked)
-        refused = self.run(run, *files, "--load-artifacts", status=4, LLAMA_REHEARSAL="")
-        text = " | ".join(refused.stderr)
-        self.check_that(subject, "no other run takes it", "rehearsal" in text, text)
-
     def check_toolchain(self, subject: str, build: str) -> None:
         """Without a compiler a build says what is missing before it loads the model."""
         refused = self.run(build, "--model-id=random:tiny", status=5, PATH=str(self.folder))

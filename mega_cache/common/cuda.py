@@ -18,7 +18,7 @@ from common.errors import EnvironmentProblemError
 
 # of cuDeviceGetAttribute
 _CLOCK_KILOHERTZ, _BUS_BITS, _MAJOR, _MINOR = 36, 37, 75, 76
-_TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # of cudaMemcpyKind
+_BY_ADDRESS = 4  # of cudaMemcpyKind
 _THREAD_LOCAL = 1  # of cudaStreamCaptureMode: another thread may allocate meanwhile
 _NON_BLOCKING = 1  # of a stream: it does not wait for the default one
 _NO_TIMING = 2  # of an event
@@ -118,12 +118,16 @@ def runtime() -> Runtime:
     return found
 
 
+def loaded_library(name: str) -> str | None:
+    """Return the file in this process whose name begins like this, or None."""
+    words = Path("/proc/self/maps").read_text().split()
+    return next((word for word in words if f"/{name}" in word), None)
+
+
 def _find_runtime() -> Path | str:
     """Return the library: one already loaded, a wheel's (nvidia-cuda-runtime), or the system's."""
-    mapped = Path("/proc/self/maps").read_text().split()
-    loaded = [word for word in mapped if "/libcudart.so." in word]
-    if loaded:
-        return loaded[0]
+    if loaded := loaded_library("libcudart.so."):
+        return loaded
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or () if spec else ():
         # cuda_runtime for CUDA 12, cu13 from then on
@@ -195,19 +199,10 @@ class Stream:
         self.handle = ctypes.c_void_p()
         runtime().cudaStreamCreateWithPriority(ctypes.byref(self.handle), _NON_BLOCKING, 0)
 
-    def upload(self, device: int, host: int, nbytes: int) -> None:
-        self._copy(device, host, nbytes, _TO_DEVICE)
-
-    def download(self, host: int, device: int, nbytes: int) -> None:
-        self._copy(host, device, nbytes, _TO_HOST)
-
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy within the GPU."""
-        self._copy(target, source, nbytes, _ON_DEVICE)
-
-    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        """Copy between any two addresses, of the GPU or the host: CUDA knows which is whose."""
         places = (ctypes.c_void_p(target), ctypes.c_void_p(source))
-        runtime().cudaMemcpyAsync(*places, ctypes.c_size_t(nbytes), kind, self.handle)
+        runtime().cudaMemcpyAsync(*places, ctypes.c_size_t(nbytes), _BY_ADDRESS, self.handle)
 
     def wait(self) -> None:
         """Return when all that is queued has been done."""

@@ -9,8 +9,6 @@ from typing import Any
 
 from common import cuda
 
-# set in processes whose GPU computes nothing: what they make must never meet a real one
-REHEARSAL_VARIABLE = "LLAMA_REHEARSAL"
 # what generated code may use of a processor; other words of /proc/cpuinfo do not matter
 _CODE_FEATURES = re.compile(
     r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
@@ -29,11 +27,7 @@ def spin_less() -> None:
 
 def environment() -> dict[str, Any]:
     """Return the machine and the stack, None where unknown: the GPU once this process uses it."""
-    return gpu_environment() | _stack() | ({"rehearsal": True} if in_rehearsal() else {})
-
-
-def in_rehearsal() -> bool:
-    return bool(os.environ.get(REHEARSAL_VARIABLE))
+    return gpu_environment() | _stack()
 
 
 _uses_gpu = False
@@ -51,12 +45,13 @@ def gpu_environment() -> dict[str, Any]:
         return dict.fromkeys(("gpu", "compute_capability", "driver", "cuda"))
     # the kernel module says it at once; nvidia-smi takes a good part of a second, inside a start
     driver = _found_in("/proc/driver/nvidia/version", r"\s(\d+\.[\d.]+)")
+    torch_cuda = _found_in(f"{package_folder('torch')}/version.py", r"^cuda\b.*= '(\d+\.\d+)'")
     gpu = cuda.describe()
     return {
         "gpu": gpu.name,
         "compute_capability": gpu.capability,
         "driver": driver[0] if driver else None,
-        "cuda": torch_cuda_version() or cuda.runtime_version(),
+        "cuda": torch_cuda[0] if torch_cuda else cuda.runtime_version(),
     }
 
 
@@ -83,13 +78,6 @@ def package_folder(name: str) -> Path | None:
 
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def torch_cuda_version() -> str | None:
-    """Return the CUDA version that the installed torch was built for, or None."""
-    folder = package_folder("torch")
-    found = _found_in(f"{folder}/version.py", r"^cuda\b.*= '(\d+\.\d+)'")
-    return found[0] if found else None
 
 
 def cpu_features() -> set[str]:

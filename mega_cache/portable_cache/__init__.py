@@ -6,9 +6,10 @@ model = load("cache.bin", model="meta-llama/Llama-3.2-3B-Instruct")
 model.generate(**inputs, past_key_values=model.new_cache(tokens=200), max_new_tokens=64)
 """
 
+import atexit
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +48,15 @@ def load(
     with no_collections():
         from common.artifact.disk import TrustFlags
         from common.cli import Console, SharedFlags
+        from common.compiler.caches import private_compiler_caches
         from common.model.target import choose_target
         from portable_cache.flags import CacheFileFlags, Wanted
         from portable_cache.start import opening
 
-        opening.own_compiler_caches()
+        # that nobody else can write to, until the process ends
+        caches = ExitStack()
+        caches.enter_context(private_compiler_caches())
+        atexit.register(caches.close)
         console = Console(quiet=True)
         pair = CacheFileFlags(Path(path)).pair()
         shared = SharedFlags(model_id=model, device=device, dtype=dtype)

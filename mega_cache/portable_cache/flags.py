@@ -53,10 +53,6 @@ class CompileFlags(Flags):
     compile_mode: str = flag("max-autotune", "torch.compile's `mode`", choices=COMPILE_MODES)
     fullgraph: bool = flag(False, "fail on a graph break instead of compiling around it")
 
-    def check(self) -> None:
-        if self.max_cache_len == 1:
-            raise ValueError("--max-cache-len 1 leaves no slot for a token after the prompt")
-
     def cache_lengths(self) -> dict[int, int]:
         """Return {slots of a KV cache: prompt length in tokens to warm it up with}, ascending."""
         lengths = {prefill + self.decode_length: prefill for prefill in self.prefill_lengths}

@@ -35,8 +35,3 @@ def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) ->
         + model_differences(manifest, target.checkpoint.resolved["architecture"])
         + differences(manifest.recipe, told, told)
     )
-
-
-def unlike_driver(manifest: Manifest) -> list[Difference]:
-    """Return whether it was built under another driver, which is usually harmless."""
-    return differences(manifest.environment, environment(), ("driver",))

@@ -17,15 +17,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from common.errors import EnvironmentProblemError
 
-# oldest and newest stack that the tests run on; every name below was seen on both
-TESTED = {"torch": ("2.9.1", "2.14.1"), "transformers": ("4.57.5", "5.24.0")}
-
-
-# short name: path, with the parameters that this package relies on
+# short name: path, with the parameters that this package relies on; every one was seen on torch
+# 2.9.1 and 2.14.1, transformers 4.57.5 and 5.24.0
 NAMES = {
     # what a mega-cache holds, until torch has a public registry for further kinds of entries
     "CacheArtifact": "torch.compiler._cache.CacheArtifact",
@@ -34,8 +30,6 @@ NAMES = {
     "new_artifacts": "torch.compiler._cache.CacheArtifactManager._new_cache_artifacts",
     "fresh_entries": "torch.compiler._cache.CacheArtifactManager.with_fresh_cache",
     "PlainFile": "torch._inductor.runtime.autotune_cache.AutotuneCacheArtifact",
-    # load_cache_artifacts() checks no bounds: it reads on beyond a damaged blob's end, for ever
-    "BytesReader": "torch.utils._appending_byte_serializer.BytesReader",
     # settings and folders of the compiler, which have no public home
     "config": "torch._inductor.config",
     "dynamo_config": "torch._dynamo.config",
@@ -108,7 +102,8 @@ def owner_of(name: str) -> tuple[Any, str]:
             if missing := set(parameters.split(", ")) - set(known):
                 raise TypeError(f"it takes no {', '.join(sorted(missing))}")
     except (ImportError, AttributeError, TypeError) as error:
-        raise MissingNameError(f"{_stack()} has no {path} as known here: {error}") from None
+        stack = " with ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        raise MissingNameError(f"{stack} has no {path} as known here: {error}") from None
     return owner, parts[-1]
 
 
@@ -119,27 +114,6 @@ def losing(consequence: str) -> Iterator[None]:
         yield
     except MissingNameError as error:
         lost.append(f"{error}; {consequence}")
-
-
-def beyond_tested() -> str | None:
-    """Return one line when torch or transformers is older or newer than any tested; else None."""
-    versions = _versions()
-    tested = " and ".join(f"{name} {' to '.join(TESTED[name])}" for name in versions)
-    inside = all(
-        Version(TESTED[name][0]).release
-        <= Version(found).release
-        <= Version(TESTED[name][1]).release
-        for name, found in versions.items()
-    )
-    return None if inside else f"{_stack()} is none of those tested here: {tested}"
-
-
-def _stack() -> str:
-    return " with ".join(f"{name} {found}" for name, found in _versions().items())
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in TESTED}
 
 
 # --- settings, and what is set on objects of the stack ----------------------------------------

@@ -24,6 +24,14 @@ def run(artifact, tmp_path, *flags, **environment):
     return run_script(RUN, *artifact, *flags, result=result, **environment)
 
 
+def test_the_folders_own_check_finds_eagers_logits_and_choices(artifact, tmp_path):
+    flags = [*artifact[:2], "--logit-prompt-lengths=8,30", "--logit-steps=4"]
+    done = succeeded(run_script("check_equivalence.py", *flags, result=tmp_path / "logits.json"))
+    assert [row["prompt_length"] for row in done.result["rows"]] == [8, 30]
+    assert all(row["load"]["max_abs_error"] < 1e-3 for row in done.result["rows"])
+    assert "same choice" in done.stdout
+
+
 def test_a_loaded_start_traces_nothing_and_the_first_request_is_like_the_second(artifact, tmp_path):
     flags = ["--precompile", "--require-hit", "--prompt-length=40", "--num-requests=4"]
     document = succeeded(run(artifact, tmp_path, *flags)).result

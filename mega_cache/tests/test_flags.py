@@ -68,7 +68,6 @@ def test_published_flags_parse_and_help_needs_no_torch(script):
     ("script", "flag", "words"),
     [
         ("run_llama_with_portable_cache.py", "--max-new-tokens=0", ">= 1"),
-        ("build_llama_portable_cache.py", "--max-cache-len=1", "no slot for a token"),
         ("build_llama_portable_cache.py", "--prefill-lengths=128,x", "'x' is not a whole number"),
         ("run_llama_with_portable_cache.py", "--eager --require-hit", "nothing to check"),
         ("run_llama_with_portable_cache.py", "--top-k=4", "give --temperature too"),

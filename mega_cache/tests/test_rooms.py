@@ -23,7 +23,6 @@ IN_COMMON = (
     "torch._inductor.triton_bundler.TritonBundler.read_and_emit",
     "torch._inductor.runtime.cache_dir_utils.cache_dir",
     "torch._inductor.runtime.cache_dir_utils.triton_cache_dir",
-    "torch._inductor.config.cpp_cache_precompile_headers",
     "torch._inductor.select_algorithm.AlgorithmSelectorCache.log_results",
     "torch._inductor.select_algorithm._log_autotune_choices_stats",
 )
@@ -150,24 +149,3 @@ def test_a_name_that_is_gone_or_changed_is_one_line_that_says_what_still_works(d
     assert int(count) == len(lines) == (told is not None)
     if told:
         assert told in lines[0] and lines[0].endswith(then) and "tested" not in then
-
-
-@pytest.mark.parametrize(
-    ("torch_version", "warned"),
-    [
-        ("2.9.1+cu128", False),
-        ("2.11.0", False),
-        ("2.14.1", False),
-        ("2.8.0", True),
-        ("2.15.0", True),
-    ],
-)
-def test_a_stack_beyond_the_tested_ones_is_named_with_the_tested_range(
-    torch_version, warned, monkeypatch
-):
-    versions = {"torch": torch_version, "transformers": "5.0.0"}
-    monkeypatch.setattr(torch_private, "_versions", lambda: versions)
-    line = torch_private.beyond_tested()
-    assert (line is not None) == warned
-    if line:
-        assert f"torch {torch_version}" in line and "2.9.1 to 2.14.1" in line

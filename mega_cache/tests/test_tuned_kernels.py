@@ -60,13 +60,13 @@ def chosen():
 SAVE = f"""{PROGRAM}{BUILD}
 saving.watch()
 run()
-blob = saving.save_bundle().blob
+blob, _ = saving.save_bundle()
 open(sys.argv[2], "wb").write(blob)
 print(json.dumps(chosen()))
 """
 LOAD = f"""{PROGRAM}
 watch = watch_compilation()
-watch.restored.update(bundle.load_bundle(open(sys.argv[2], "rb").read()).restored)
+watch.restored.update(bundle.load_bundle(open(sys.argv[2], "rb").read())[1])
 run()
 names = [path.stem for path in compiled_kernels(watch)]
 print(json.dumps({{"chosen": chosen(), "counts": read_counts(watch), "names": names}}))

@@ -27,11 +27,7 @@ def run(settings: RunSettings, console: Console) -> dict | None:
     stages.close("device")
     plan, codec = opening.plan, opening.codec
     limits = (settings.prompt.max_new_tokens, settings.sampling.temperature)
-    if wants_conversation(settings.prompt):
-        if settings.shared.json:
-            raise UsageError(
-                "--json keeps a run's result, and a conversation has none: ask --prompt"
-            )
+    if wants_conversation(settings.prompt, settings.shared.json):
         if settings.mode != "eager":
             plan.check_request(plan.bounds.min_seq_len, *limits)
         generate, *_ = set_up(settings, opening, plan.padded(1), stages, console)

@@ -12,13 +12,11 @@ import grp
 import hashlib
 import os
 import pwd
-import resource
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -79,13 +77,9 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 
     Meanwhile nobody else may write to what this process makes: it would not be loaded.
     """
-    import tempfile  # imported here, as below: a start does without
-
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, Timeout  # imported here, as below: a start does without
 
     pair = pair.real()
-    if pair.path == pair.metadata_path:
-        raise errors.UsageError(f"artifact and metadata are both {pair.path}: give different paths")
     lock = FileLock(pair.path.with_name(f".{pair.path.name}.lock"))
     before = os.umask(0o022)
     os.umask(before | 0o022)
@@ -95,7 +89,6 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.is_dir():
                     raise OSError("a folder is there")
-                tempfile.TemporaryFile(dir=path.parent).close()
         with errors.writing(pair.path):
             try:
                 lock.acquire(timeout=0)
@@ -114,14 +107,11 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
     """Raise, before a long build, if a file of this size cannot be written there."""
     folder = pair.real().path.parent
-    room, limit = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY:
-        room = min(room, limit)
+    room = shutil.disk_usage(folder).free
     if room < needed_bytes:
         raise errors.EnvironmentProblemError(
             f"{folder} has room for {room / 1e6:.1f} MB, the artifact needs about "
-            f"{needed_bytes / 1e6:.1f} MB: make room, raise the file size limit, or choose another "
-            "path"
+            f"{needed_bytes / 1e6:.1f} MB: make room, or choose another path"
         )
 
 
@@ -144,33 +134,23 @@ def write_pair(
         produce(produced)
         with errors.writing(pair.path), open(produced, "rb") as file:
             os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
             record = {
-                "bytes": size,
-                "sha256": content_digest(size, partial(os.pread, file.fileno())),
+                "bytes": os.fstat(file.fileno()).st_size,
+                "sha256": content_digest(file),
                 "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             }
             built = make_manifest(record)
             text = manifest.dump_manifest(built)
-            _rename(produced, new.path)
+            os.replace(produced, new.path)
             with open(new.metadata_path, "w") as metadata:
                 metadata.write(text)
                 metadata.flush()
                 os.fsync(metadata.fileno())
-            _rename(new.metadata_path, pair.metadata_path)
-            _rename(new.path, pair.path)
+            os.replace(new.metadata_path, pair.metadata_path)
+            os.replace(new.path, pair.path)
     finally:
         _recover(pair)
     return built
-
-
-def _rename(old: Path, new: Path) -> None:
-    """Rename, and bring the folder to disk, so that a power cut keeps the order of the steps."""
-    os.replace(old, new)
-    descriptor = os.open(new.parent, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot flush a folder
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _recover(pair: ArtifactPair) -> None:
@@ -179,7 +159,7 @@ def _recover(pair: ArtifactPair) -> None:
     if os.path.exists(new.path):
         with suppress(errors.ArtifactDamagedError):
             _open_content(new.path, _read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
-            _rename(new.path, pair.path)
+            os.replace(new.path, pair.path)
     shutil.rmtree(pair.path.with_name(f"{pair.path.name}.building"), ignore_errors=True)
     for rubbish in new:
         with suppress(OSError):  # what cannot be removed stops the next step, which names it
@@ -196,7 +176,7 @@ def open_verified(
     """Yield the artifact, open, after origin, metadata, kind, size and digest were checked.
 
     The caller compares environment and recipe. Raises ArtifactUntrustedError, ArtifactDamagedError
-    (missing ones too) and ArtifactMismatchError (another approach, a rehearsal's).
+    (missing ones too) and ArtifactMismatchError (another approach).
     """
     began = time.monotonic()
     real = pair.real()
@@ -207,7 +187,6 @@ def open_verified(
                 f"{pair.path} is a {built.approach} artifact, expected one of {approach}: "
                 "give the one that this folder's ./build.sh made"
             )
-        manifest.raise_if_different(pair.path, manifest.rehearsal_differences(built))
         with suppress(errors.ArtifactDamagedError):
             file = _open_content(real.new().path, built, flags)
             break
@@ -230,15 +209,6 @@ def peek_manifest(pair: ArtifactPair) -> Manifest | None:
     return None
 
 
-def read_blob(verified: VerifiedArtifact) -> bytes:
-    """Return the content of a verified artifact, its digest checked on these very bytes."""
-    content = verified.file.read()
-    found = content_digest(len(content), lambda count, start: content[start : start + count])
-    if found != verified.manifest.file["sha256"]:
-        raise errors.ArtifactDamagedError(f"the artifact changed while it was read: {_REBUILD}")
-    return content
-
-
 def _read_manifest(pair: ArtifactPair, flags: TrustFlags) -> Manifest:
     what = "metadata" if os.path.exists(pair.path) else "artifact and no metadata"
     with _open(pair.metadata_path, what, flags) as file:
@@ -258,7 +228,7 @@ def _open_content(path: Path, built: Manifest, flags: TrustFlags) -> BinaryIO:
     size = os.fstat(file.fileno()).st_size
     if size != expected:
         problem = f"{path} has {size} bytes, its metadata says {expected}: truncated"
-    elif content_digest(size, partial(os.pread, file.fileno())) != built.file["sha256"]:
+    elif content_digest(file) != built.file["sha256"]:
         problem = f"the content of {path} is not that of its metadata: damaged"
     else:
         return file
@@ -285,19 +255,20 @@ def _open(path: Path, what: str, flags: TrustFlags) -> BinaryIO:
 # --- digest and origin -----------------------------------------------------------------------
 
 
-def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
-    """Return the digest by which metadata names `size` bytes, in hex; `read` is like os.pread.
+def content_digest(file: BinaryIO) -> str:
+    """Return the digest by which metadata names a file's content, in hex.
 
     Up to 64 MiB it is what `sha256sum` prints. Of a larger file it is the sha256 of the sha256s of
     its blocks of 64 MiB, so that all cores work on it; in a shell:
 
         split -b 64M --filter 'sha256sum | head -c 64 | xxd -r -p' FILE | sha256sum
     """
+    descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
 
     def block_digest(start: int) -> bytes:
         digest, end = hashlib.sha256(), min(start + BLOCK_BYTES, size)
         # a file shorter than it was ends early, and its digest will not match
-        while start < end and (part := read(min(_READ_BYTES, end - start), start)):
+        while start < end and (part := os.pread(descriptor, min(_READ_BYTES, end - start), start)):
             digest.update(part)
             start += len(part)
         return digest.digest()

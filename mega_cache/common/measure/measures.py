@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +55,7 @@ COMPARED = (
 )
 
 # Compile evidence: name in JSON -> (group, name) in torch._dynamo.utils.counters, the same on 2.9
-# to 2.13. What torch does not count, compile_counts does.
+# to 2.13. What torch does not count, compiler/counts.py does.
 COUNTERS = {
     "unique_graphs": ("stats", "unique_graphs"),
     "calls_captured": ("stats", "calls_captured"),
@@ -172,12 +171,6 @@ class Stages:
     def __init__(self, start: float):
         self.start = start
         self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def close(self, name: str) -> None:
         """Book everything since the start that no stage has claimed yet under `name`."""

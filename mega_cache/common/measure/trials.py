@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,8 +17,6 @@ from pathlib import Path
 from common.compiler.caches import cache_places, folder_for_compilers
 from common.errors import INTERRUPTED
 from common.measure.measures import START_VARIABLE
-
-TIMEOUT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -54,30 +51,20 @@ def run_trial(script_and_flags: Sequence[str]) -> Outcome:
         wall_seconds = time.monotonic() - start
         document = json.loads(result.read_bytes()) if result.exists() else None
         error = None
-        if wall_seconds > TIMEOUT_SECONDS:
-            error = f"did not end within {TIMEOUT_SECONDS:.0f} s and was killed"
-        elif process.returncode or document is None:
+        if process.returncode or document is None:
             error = _describe_end(process.returncode, peak_bytes, log.read_text("utf-8", "replace"))
         return Outcome(wall_seconds, peak_bytes, document, error)
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Wait until it ends, on a timeout or an interrupt by force; return its peak resident bytes."""
-
-    def kill_group() -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(TIMEOUT_SECONDS, kill_group)
-    timer.start()
+    """Wait until it ends, on an interrupt by force; return its peak resident bytes."""
     try:
         # wait4, not Popen.wait: it also tells the memory of this one child
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        kill_group()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         raise
-    finally:
-        timer.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss * 1024
 

@@ -52,8 +52,6 @@ def build(
     """Warm up, write the artifact and its metadata, and return the build's result."""
     stages = Stages(process_start())
     stages.close("imports")
-    if untested := torch_private.beyond_tested():
-        console.warn(untested)
     bundle.check_caches_are_on()
     target.checkpoint.require_weights()
     bundle.configure(target.device)
@@ -74,7 +72,7 @@ def build(
         torch_private.forget_compiled_state(builder.model)
         cache = generation.make_cache(builder.model, slots)
         warmed.insert(0, warm_up(builder, cache, slots, length))
-    saved = saving.save_bundle(step.package if step else None)
+    blob, entries = saving.save_bundle(step.package if step else None)
     stages.close("compile")
     manifest = Manifest(
         schema=SCHEMA,
@@ -87,15 +85,15 @@ def build(
         details={
             "warmed": warmed,
             "checkpoint": target.checkpoint.resolved,
-            "entries": saved.entries,
+            "entries": entries,
             "decode_step": step.contract if step else None,
             "verified": what.verify,
         },
     )
     if what.verify:
-        verify_starts(builder, manifest, saved.blob)
+        verify_starts(builder, manifest, blob)
         stages.close("verify")
-    written = write_artifact(pair, manifest, saved.blob)._asdict()
+    written = write_artifact(pair, manifest, blob)._asdict()
     return {
         "kind": "build", "command": sys.argv, "stages": stages.seconds,
         "shortcomings": torch_private.lost, **written,

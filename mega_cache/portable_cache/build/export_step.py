@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from common.errors import ScriptError
+from common.errors import ScriptError, first_line
 from common.machine import cpu_features
 from portable_cache import torch_private
 from portable_cache.flags import CompileFlags
@@ -64,8 +64,7 @@ def export_step(model: PreTrainedModel, flags: CompileFlags, folder: Path) -> Sa
     except _FAILURES as error:
         if isinstance(error, ScriptError):
             raise
-        line = next(filter(str.strip, str(error).splitlines()), "no message").strip()
-        raise ScriptError(f"{type(error).__name__}: {line}") from error
+        raise ScriptError(f"{type(error).__name__}: {first_line(error).strip()}") from error
 
 
 def capture_call(model: PreTrainedModel, flags: CompileFlags, slots: int) -> DecodeCall:

@@ -13,7 +13,7 @@ import functools
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.errors import ScriptError
 from portable_cache import torch_private
@@ -28,11 +28,6 @@ NO_MORE_TUNING = {
 
 _autotuners: dict[str, list[Any]] = {}  # Triton kernels by digest of their source
 _ran: dict[int, Any] = {}  # id -> itself, so that the id stays its own
-
-
-class SavedBundle(NamedTuple):
-    blob: bytes
-    entries: dict[str, int]  # number of entries by kind, the decode step as one of its own
 
 
 @functools.cache
@@ -65,10 +60,11 @@ def watch() -> None:
         torch_private.replace("run_kernel", run_and_remember)
 
 
-def save_bundle(decode_step: bytes | None = None) -> SavedBundle:
+def save_bundle(decode_step: bytes | None = None) -> tuple[bytes, dict[str, int]]:
     """Return everything this process compiled, and its `decode_step`, as one blob.
 
-    Raises ScriptError when nothing was compiled, or when a kernel can't be saved as it ran.
+    Beside it the number of its entries by kind, the decode step as one of its own. Raises
+    ScriptError when nothing was compiled, or when a kernel can't be saved as it ran.
     """
     manager, entries = torch_private.CacheArtifactManager, torch_private.new_artifacts
     if not entries.get("inductor"):
@@ -87,7 +83,7 @@ def save_bundle(decode_step: bytes | None = None) -> SavedBundle:
         counts["decode_step"] = 1
         entries["autotune"].append(torch_private.PlainFile(bundle.DECODE_STEP, decode_step))
     blob, _ = manager.serialize()
-    return SavedBundle(blob, counts)
+    return blob, counts
 
 
 def _pin_tuned_kernels(entries: dict[str, list[Any]]) -> None:

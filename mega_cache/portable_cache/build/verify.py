@@ -64,14 +64,17 @@ def largest_margin(logits: torch.Tensor, token_ids: list[int]) -> float:
 
 def compare_logits(
     target: Target, opened: Opened, lengths: Sequence[int], steps: int, seed: int, console: Console
-) -> dict:
-    """Return the errors of eager's and the artifact's logits, along what the latter generates."""
+) -> tuple[dict, list[str]]:
+    """Return the errors of eager's and the artifact's logits, along what the latter generates.
+
+    And a line for each prompt where that is not what eager would have chosen, but for rounding.
+    """
     model, codec = opened.model, load_codec(target.checkpoint)
     cache = opened.make_cache(max(lengths) + steps)
     generation.configure_generation(model, opened.flags, steps)
     generate = generation.make_generate(model, cache, seed)
     reference, eager = load_model(target, "float32"), load_model(target)
-    rows = []
+    rows, wrong = [], []
     for length in console.bar(lengths, "logits", "prompt"):
         prompt = codec.synthetic_prompt(length, seed)
         forced = generate(prompt, lambda token_id: None)
@@ -83,8 +86,12 @@ def compare_logits(
         }
         margin = largest_margin(eagers, forced)
         rows.append({"prompt_length": length, "largest_margin": margin, **errors})
+        try:
+            check_choices(f"a prompt of {length} tokens", eager, prompt, forced)
+        except ScriptError as error:  # raised when all is told
+            wrong.append(str(error))
     slots = opened.artifact["slots"]
-    return logits_document(APPROACH, target.dtype, slots, steps, rows)
+    return logits_document(APPROACH, target.dtype, slots, steps, rows), wrong
 
 
 def generated_logits(

@@ -10,9 +10,7 @@ A blob is code (pickles and native code): whoever calls `load_bundle` has decide
 import logging
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -23,33 +21,9 @@ from portable_cache.start import cpu_kernels
 DECODE_STEP = "decode_step/step.pt2"
 # Where torch looks for Triton's cache below its own, for the first device.
 _TRITON_HELPER = re.compile(r"triton/0/([A-Za-z0-9_-]{20,80}/cuda_utils[A-Za-z0-9_.-]*\.so)")
-# Entries become paths below the cache folder through torch's own code, which checks nothing.
-_KEYS = {
-    "inductor": re.compile(r"f[a-z2-7]{51}"),
-    "aot_autograd": re.compile(r"a[a-z2-7]{51}"),
-    "autotune": re.compile(rf"[\w-]+/[\w-][\w.-]*|{_TRITON_HELPER.pattern}", re.ASCII),
-    cpu_kernels.KIND: cpu_kernels.KEY,
-}
 
 # What is wrong with a blob is said in one line by us, not in a traceback by torch.
 logging.getLogger("torch.compiler._cache").setLevel(logging.ERROR)
-
-with torch_private.losing("a damaged artifact may be read for ever"):
-
-    class _BoundedReader(torch_private.BytesReader):
-        """Ends where torch's own reads on beyond a damaged blob's end, for ever."""
-
-        def read_uint64(self) -> int:
-            if self._i + 8 > len(self._data):
-                raise EOFError
-            return super().read_uint64()
-
-    torch_private.replace("BytesReader", _BoundedReader)
-
-
-class LoadedBundle(NamedTuple):
-    decode_step: bytes | None
-    restored: set[Path]  # kernels that don't count as compiled
 
 
 def check_caches_are_on() -> None:
@@ -76,12 +50,12 @@ def configure(device: str) -> None:
     torch_private.configure(row_sums)
 
 
-def load_bundle(blob: bytes) -> LoadedBundle:
-    """Put the blob's entries into this process's caches and return what came.
+def load_bundle(blob: bytes) -> tuple[bytes | None, set[Path]]:
+    """Put the blob's entries into this process's caches; return the decode step, if it has one,
+    and the kernels that came, which don't count as compiled.
 
-    Everything is checked before anything is written. Raises ArtifactDamagedError or
-    ArtifactMismatchError. `torch.compiler.load_cache_artifacts` is the same, but writes unchecked
-    names and answers a damaged blob with a log line and None.
+    Raises ArtifactDamagedError or ArtifactMismatchError before anything is written, where
+    `torch.compiler.load_cache_artifacts` answers with a log line and None.
     """
     entries = torch_private.CacheArtifactManager.deserialize(blob)
     if entries is None:
@@ -89,7 +63,9 @@ def load_bundle(blob: bytes) -> LoadedBundle:
             f"{len(blob)} bytes that torch {torch.__version__} can't read as cache artifacts "
             "(cut short, altered, or not such a file): build or copy it again"
         )
-    _check(entries)
+    for entry in entries.get(cpu_kernels.KIND, ()):
+        if entry.key == cpu_kernels.BUILT_FOR:
+            cpu_kernels.check_runs_here(entry.content)
     triton_root = Path(torch_private.triton_cache_dir(0)).resolve()
     # Triton reads the variable when it is first used, and has a folder of its own without it
     os.environ.setdefault("TRITON_CACHE_DIR", str(triton_root))
@@ -108,16 +84,4 @@ def load_bundle(blob: bytes) -> LoadedBundle:
     # Spare this process the pool of workers that any CUDA graph wakes, and whose end it would wait
     # for: what must be compiled all the same is compiled in here. Not part of the cache's keys.
     torch_private.config.compile_threads = 1
-    return LoadedBundle(step, restored={*cpu_kernels.prebuilt.values(), *helpers})
-
-
-def _check(entries: Mapping[str, list[Any]]) -> None:
-    """Raise unless every entry has a name that a build writes and its kernels run here."""
-    if not entries.get("inductor") or not all(entries.values()):
-        raise ArtifactDamagedError("the blob holds no compiled graph: build it again")
-    for kind, found in entries.items():
-        for entry in found:
-            if kind in _KEYS and not _KEYS[kind].fullmatch(entry.key):
-                raise ArtifactDamagedError(f"{kind} entry {entry.key!r} has a name no build writes")
-    if kernels := {entry.key: entry.content for entry in entries.get(cpu_kernels.KIND, ())}:
-        cpu_kernels.check_runs_here(kernels.get(cpu_kernels.BUILT_FOR, b""))
+    return step, {*cpu_kernels.prebuilt.values(), *helpers}

@@ -8,7 +8,6 @@ built for.
 import functools
 import hashlib
 import inspect
-import re
 import sysconfig
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from portable_cache import torch_private
 KIND = "kernel_files"
 BUILT_FOR = "built_for"
 STACK = f"torch {torch.__version__} for {sysconfig.get_config_var('SOABI')}"
-# a digest of the source, and torch's name: a hash, two of whose letters are the folder
-KEY = re.compile(rf"{BUILT_FOR}|[0-9a-f]{{64}}/[a-z2-7]{{2}}/c[a-z2-7]{{51}}\.main\.so")
 
 recorded: dict[str, Path] = {}  # digest -> shared object that this process has loaded
 prebuilt: dict[str, Path] = {}  # digest -> shared object that came with a bundle

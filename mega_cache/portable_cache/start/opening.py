@@ -1,8 +1,6 @@
 """One start, top to bottom: load the artifact, make the model, hand it the decode step."""
 
-import atexit
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,12 @@ from common.artifact.disk import ArtifactPair
 from common.artifact.store import fetch
 from common.cli import Console
 from common.compiler import counts, toolchain
-from common.compiler.caches import private_compiler_caches
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
+from common.machine import environment
 from common.model.target import Target
 from portable_cache import torch_private
 from portable_cache.flags import APPROACH, CompileFlags, Wanted
-from portable_cache.recipe import find_differences, settle, unlike_driver
+from portable_cache.recipe import find_differences, settle
 from portable_cache.start import tensors
 
 if TYPE_CHECKING:
@@ -148,23 +146,23 @@ def _load(
     with disk.open_verified(pair, APPROACH, wanted.trust, console) as verified:
         built = verified.manifest
         manifest.raise_if_different(pair.path, unlike(built))
-        for one in unlike_driver(built):
+        for one in manifest.differences(built.environment, environment(), ("driver",)):
             console.warn(f"{manifest.describe([one])}: usually harmless")
-        blob = disk.read_blob(verified)
+        blob = verified.file.read()
     try:
-        loaded = bundle.load_bundle(blob)
+        step, restored = bundle.load_bundle(blob)
     except (ArtifactDamagedError, ArtifactMismatchError) as error:
         raise type(error)(f"{pair.path}: {error}") from error
-    watch.restored.update(loaded.restored)
+    watch.restored.update(restored)
     artifact = {
         "name": pair.path.name,
         **built.file,
         "verify_seconds": verified.verify_seconds,
         "entries": built.details["entries"],
     }
-    if loaded.decode_step is None:
+    if step is None:
         return artifact, None
-    return artifact, decode_step.SavedStep(loaded.decode_step, built.details["decode_step"])
+    return artifact, decode_step.SavedStep(step, built.details["decode_step"])
 
 
 def _use_decode_step(
@@ -190,10 +188,3 @@ def _use_decode_step(
         console.warn(f"{error}; tracing instead")
         return False
     return True
-
-
-def own_compiler_caches() -> None:
-    """Give this process compiler caches that nobody else can write to, until it ends."""
-    until_the_end = ExitStack()
-    until_the_end.enter_context(private_compiler_caches())
-    atexit.register(until_the_end.close)

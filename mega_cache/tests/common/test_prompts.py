@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,8 @@ def test_a_conversation_is_a_chat_on_a_terminal_without_a_prompt(monkeypatch):
     terminal = os.fdopen(follower, closefd=False)
     monkeypatch.setattr(sys, "stdin", terminal)
     assert wants_conversation(PromptFlags(chat=True))
+    with pytest.raises(UsageError, match="a conversation has none"):
+        wants_conversation(PromptFlags(chat=True), Path("result.json"))
     assert not wants_conversation(PromptFlags())
     assert not wants_conversation(PromptFlags(chat=True, prompt="Hello"))
     assert not wants_conversation(PromptFlags(chat=True, prompt_length=3))

@@ -1,5 +1,7 @@
 """What a build compiles with is there before it works, or one line says what to install."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,7 +9,6 @@ from common.cli import Console
 from common.compiler.toolchain import (
     assemble_cuda_home,
     check_compiles,
-    check_openssl,
     prepare_toolchain,
 )
 from common.errors import EnvironmentProblemError
@@ -47,10 +48,11 @@ def test_missing_cuda_header_is_cured_by_the_wheel_of_this_torchs_cuda(
         check_compiles("CXX", (header,), ["-I", str(tmp_path)])
 
 
-def test_missing_openssl_is_named_with_its_cure(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_missing_openssl_is_named_with_its_cure(monkeypatch):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: which(name) if name != "openssl" else None)
     with pytest.raises(EnvironmentProblemError, match="apt-get install openssl"):
-        check_openssl()
+        prepare_toolchain("cpu", host_code=True, console=QUIET)
 
 
 def test_missing_library_is_named():
@@ -65,7 +67,7 @@ def test_cuda_home_takes_headers_of_the_user_first_and_links_the_driver(monkeypa
     driver = tmp_path / "libcuda.so.1"
     driver.write_bytes(b"")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "users"))
-    monkeypatch.setattr("common.compiler.toolchain.driver_library", lambda: driver)
+    monkeypatch.setattr("common.cuda.loaded_library", lambda name: str(driver))
     home = assemble_cuda_home(tmp_path)
     assert (home / "include/cuda.h").read_text() == "// the user's"
     assert (home / "include/nv/target").exists()

@@ -36,12 +36,13 @@ def build(settings: BuildSettings, console: Console) -> dict:
     stored = target.checkpoint.stored.values() if embed else ()
     disk.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
     bounds, details = make_bounds(settings.shape), {}
+    stages.close("device")
 
     @contextmanager
     def shown(name: str) -> Iterator[None]:  # the longest take minutes
         console.say(f"{name} ...")
-        with stages.stage(name):
-            yield
+        yield
+        stages.close(name)
         console.say(f"{name}: {stages.seconds[name]:.1f} s")
 
     def produce(path: Path) -> None:

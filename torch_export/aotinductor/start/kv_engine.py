@@ -179,7 +179,7 @@ class KvEngine:
                 self.prefill(prompt, padded) if not events else self.decode()
                 # queued before the next step overwrites it
                 at = arrived.address + 8 * len(events)
-                stream.download(at, self.state.token.address, 8)
+                stream.copy(at, self.state.token.address, 8)
                 events.append(cuda.Event())
                 events[-1].record(stream)
             events[seen].wait()

@@ -51,12 +51,12 @@ class GpuMemory:
         """Have `write` put so many bytes at the address that it is given; they go to the tensor."""
         self.stream.wait()  # the buffer may still be on its way
         write(self._staged.address)
-        self.stream.upload(tensor.address, self._staged.address, nbytes)
+        self.stream.copy(tensor.address, self._staged.address, nbytes)
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Return bytes of the GPU once all that is queued before has been done."""
         self.stream.wait()
-        self.stream.download(self._staged.address, address, nbytes)
+        self.stream.copy(self._staged.address, address, nbytes)
         self.stream.wait()
         return ctypes.string_at(self._staged.address, nbytes)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
-from common.machine import in_rehearsal
 
 SCHEMA = 5
 MAX_BYTES = 4 * 2**20  # of metadata; ours are some ten kilobytes
@@ -23,7 +22,7 @@ class Manifest(NamedTuple):
     model: dict  # id, revision (or None), config_digest, dtype
     environment: dict  # of the build: name -> text, number or None
     recipe: dict  # flag name -> its value at the build
-    file: dict  # bytes: int; sha256: as artifacts.content_digest says; written: UTC, ISO 8601
+    file: dict  # bytes: int; sha256: as disk.content_digest says; written: UTC, ISO 8601
     build_seconds: float
     details: dict  # what else the approach wants to remember, JSON
 
@@ -79,12 +78,6 @@ def model_differences(manifest: Manifest, found: dict) -> list[Difference]:
     """Return the architecture's words that differ: a digest alone tells nobody what does."""
     known = manifest.details.get("checkpoint")
     return differences(known["architecture"], found, found) if known else []
-
-
-def rehearsal_differences(manifest: Manifest) -> list[Difference]:
-    """Return that the artifact comes from a rehearsal if this process is none."""
-    rehearsed = manifest.environment.get("rehearsal")
-    return [Difference("rehearsal", rehearsed, None)] if rehearsed and not in_rehearsal() else []
 
 
 def raise_if_different(path: Path, found_differences: list[Difference]) -> None:

@@ -90,8 +90,6 @@ def _place_of(built: Manifest) -> str:
         device = ["cuda", environment.get("cuda"), environment.get("gpu")]
     else:
         device = ["cpu", recipe.get("cpu_capability") or platform.machine()]
-    if environment.get("rehearsal"):
-        device.append("rehearsal")
     # their own code is part of what was compiled
     recipe = recipe | {name: environment.get(name) for name in ("transformers", "triton")}
     parts = (
@@ -110,37 +108,29 @@ def fetch(
     """Return the local copy of the store's newest artifact that fits; without a URL, `pair`.
 
     `fits` returns in which fields an artifact differs from what this process is and asks for. The
-    copy is opened and verified like any other artifact, under the same `trust`. Without network a
-    copy from this store does, and a pinned one needs none.
+    copy is opened and verified like any other artifact, under the same `trust`. A pinned one that
+    is here needs no network.
     """
     if url is None:
         return pair
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):
-        raise errors.EnvironmentProblemError(
-            "--fetch keeps its copies in the user's cache, and this user has no home: set "
-            "XDG_CACHE_HOME to a folder of theirs"
-        )
-    # apart from those of other stores
-    copies = Path(cache, "llama_artifacts", approach, _sha256(url.encode())[:16])
+    copies = Path(cache, "llama_artifacts", approach)
     with errors.writing(copies):
         copies.mkdir(parents=True, exist_ok=True, mode=0o700)
-    at_hand = _parsed({str(path): path.read_bytes() for path in copies.glob(f"*/{_METADATA}")})
-    entries = [entry for entry in at_hand if entry.digest == trust.expect_sha256]
-    if not entries:
-        try:
-            entries = _list_store(url, approach)
-        except errors.EnvironmentProblemError as error:
-            if trust.expect_sha256 or not at_hand:
-                raise
-            console.warn(f"{error}; choosing from the copies in {copies}")
-            entries = at_hand
+    entries = _copy(copies, trust.expect_sha256) or _list_store(url, approach)
     entry = _choose(entries, fits, url, trust, console)
     folder = copies / entry.digest
     local = ArtifactPair(folder / f"artifact{pair.path.suffix}", folder / _METADATA)
-    if all(one.digest != entry.digest for one in at_hand):
+    if not _copy(copies, entry.digest):
         _download(url, entry, local, console)
     return local
+
+
+def _copy(copies: Path, digest: str | None) -> list[_Entry]:
+    """Return the local copy whose metadata has this digest, if it is here."""
+    path = copies / str(digest) / _METADATA
+    found = _parsed({str(path): path.read_bytes()} if path.exists() else {})
+    return [entry for entry in found if entry.digest == digest]
 
 
 def _list_store(url: str, approach: str) -> list[_Entry]:
@@ -174,10 +164,7 @@ def _choose(
             f"none of the {len(entries)} artifacts in {url} has the metadata that --expect-sha256 "
             f"{trust.expect_sha256} asks for: pin one that is there"
         )
-    compared = [
-        (entry, manifest.rehearsal_differences(entry.manifest) + fits(entry.manifest))
-        for entry in allowed
-    ]
+    compared = [(entry, fits(entry.manifest)) for entry in allowed]
     fitting = [entry for entry, unlike in compared if not unlike]
     for entry, unlike in compared:
         if unlike and (console.verbose or not fitting):
@@ -215,9 +202,7 @@ def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) ->
         return entry.manifest
 
     with disk.building(local, console):
-        path = local.metadata_path
-        # else another process was faster
-        if not (path.exists() and _sha256(path.read_bytes()) == entry.digest):
+        if not _copy(local.path.parents[1], entry.digest):  # else another process was faster
             disk.check_target(local, entry.manifest.file["bytes"])
             disk.write_pair(local, get, check)
 

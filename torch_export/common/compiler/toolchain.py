@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import cuda
 from common.cli import Console
 from common.errors import EnvironmentProblemError
 
@@ -49,8 +50,11 @@ def prepare_toolchain(device: str, host_code: bool, console: Console) -> None:
         os.environ["CUDA_HOME"] = str(home)
         if builder := sys.modules.get("torch.utils.cpp_extension"):
             builder.CUDA_HOME = str(home)  # it reads the environment once, on import
-    if host_code or device == "cpu":
-        check_openssl()
+    if (host_code or device == "cpu") and shutil.which("openssl") is None:
+        raise EnvironmentProblemError(
+            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
+            "it: install it (apt-get install openssl)"
+        )
     _show_tuning_as_progress(console)
 
 
@@ -103,17 +107,6 @@ def _cure(header: str) -> str:
     return f"{sys.executable} -m pip install 'nvidia-cuda-{wheel}{suffix}=={major}.{minor}.*'"
 
 
-def check_openssl() -> None:
-    """Raise where Inductor lacks the program by which it knows C++ headers again."""
-    from torch._inductor import config
-
-    if config.cpp_cache_precompile_headers and shutil.which("openssl") is None:
-        raise EnvironmentProblemError(
-            "openssl is not on PATH, and torch's compiler takes the digests of C++ headers with "
-            "it: install it (apt-get install openssl)"
-        )
-
-
 def assemble_cuda_home(parent: Path) -> Path:
     """Return a new folder with `include` and `lib64`: links to headers and driver found here.
 
@@ -136,19 +129,10 @@ def assemble_cuda_home(parent: Path) -> Path:
             link = home / "include" / entry.name
             if not link.is_symlink():
                 link.symlink_to(entry)
-    if driver := driver_library():
+    # linkers look for the driver that this process uses by this name
+    if driver := cuda.loaded_library("libcuda.so"):
         (home / "lib64/libcuda.so").symlink_to(driver)
     return home
-
-
-def driver_library() -> Path | None:
-    """Return the driver's library that this process uses; linkers look for it as libcuda.so."""
-    import torch
-
-    torch.cuda.init()
-    mapped = Path("/proc/self/maps").read_text()
-    found = re.search(r"/\S*/libcuda\.so\S*$", mapped, re.MULTILINE)
-    return Path(found[0]) if found else None
 
 
 def _show_tuning_as_progress(console: Console) -> None:

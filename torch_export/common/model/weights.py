@@ -235,7 +235,7 @@ def _carry(
         else:
             begin = one.begin + first * item_bytes(one.dtype)
             _read_into(files[one.path].fileno(), memory.view[:nbytes], begin)
-        stream.upload(place.at(first), memory.address, nbytes)
+        stream.copy(place.at(first), memory.address, nbytes)
         copied.record(stream)
         buffers.reverse()
     stream.wait()
