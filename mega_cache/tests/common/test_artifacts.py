@@ -39,6 +39,7 @@ from common.errors import (
     ArtifactUntrustedError,
     EnvironmentProblemError,
     ScriptError,
+    UsageError,
 )
 
 FOLDER = Path(__file__).resolve().parents[2]
@@ -195,6 +196,9 @@ def test_targets_that_cannot_be_written_are_refused_before_the_build(tmp_path):
         with pytest.raises(EnvironmentProblemError) as caught, building(target, QUIET):
             pass
         assert "\n" not in str(caught.value)
+    same = ArtifactPair(meta, meta)
+    with pytest.raises(UsageError, match="different paths"), building(same, QUIET):
+        pass
     with building(ArtifactPair(tmp_path / "a.bin", meta), QUIET):
         check_target(ArtifactPair(tmp_path / "a.bin", meta), 1)
     assert names(tmp_path) == {"file", "folder"}

@@ -77,9 +77,13 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 
     Meanwhile nobody else may write to what this process makes: it would not be loaded.
     """
-    from filelock import FileLock, Timeout  # imported here, as below: a start does without
+    import tempfile  # imported here, as below: a start does without
+
+    from filelock import FileLock, Timeout
 
     pair = pair.real()
+    if pair.path == pair.metadata_path:
+        raise errors.UsageError(f"artifact and metadata are both {pair.path}: give different paths")
     lock = FileLock(pair.path.with_name(f".{pair.path.name}.lock"))
     before = os.umask(0o022)
     os.umask(before | 0o022)
@@ -89,6 +93,7 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.is_dir():
                     raise OSError("a folder is there")
+                tempfile.TemporaryFile(dir=path.parent).close()
         with errors.writing(pair.path):
             try:
                 lock.acquire(timeout=0)
