@@ -7,7 +7,8 @@ import importlib.util
 from pathlib import Path
 
 from common.errors import EnvironmentProblemError, UsageError
-from common.measure.measures import succeeded
+from common.measure.measures import succeeded, summarize
+from common.measure.report import mean_stages
 
 
 def check_plot(path: Path | None) -> None:
@@ -55,19 +56,15 @@ def cold_starts(document: dict) -> dict[str, dict[str, float]]:
     """
     starts = {}
     for mode in dict.fromkeys(trial["mode"] for trial in document["trials"]):
-        if mine := succeeded(document["trials"], mode):
-            names = dict.fromkeys(name for trial in mine for name in trial["stages"])
-            before = [name for name in names if name not in ("prefill", "decode")]
-            stages = {name: _mean(mine, "stages", name) for name in before}
-            unnamed = _mean(mine, "metrics", "setup_seconds") - sum(stages.values())
-            stages["other set-up"] = max(0.0, unnamed)
-            stages["ready to first token"] = _mean(mine, "metrics", "ttft_after_ready_seconds")
+        metrics = [trial["metrics"] for trial in succeeded(document["trials"], mode)]
+        if setup := summarize(one["setup_seconds"] for one in metrics):
+            stages = mean_stages(document, mode)
+            stages = {name: stages[name] for name in stages if name not in ("prefill", "decode")}
+            stages["other set-up"] = max(0.0, setup["mean"] - sum(stages.values()))
+            first_token = summarize(one["ttft_after_ready_seconds"] for one in metrics)
+            stages["ready to first token"] = first_token["mean"] if first_token else 0.0
             starts[mode] = stages
     return starts
-
-
-def _mean(trials: list[dict], part: str, key: str) -> float:
-    return sum(trial[part].get(key) or 0.0 for trial in trials) / len(trials)
 
 
 def _draw_starts(axes, starts: dict[str, dict[str, float]]) -> None:

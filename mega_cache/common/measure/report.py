@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.machine import environment
-from common.measure.measures import COMPARED, COMPARED_BRIEFLY, MEASURES
+from common.measure.measures import COMPARED, COMPARED_BRIEFLY, MEASURES, succeeded
 
 SCHEMA = 1
 
@@ -93,11 +93,11 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def tell(document: dict, verbose: bool) -> str:
-    """Return the tables of a compare or benchmark result."""
+    """Return the tables of a compare or benchmark result, and what they say in words."""
     if document["kind"] == "compare":
-        return compare_table(document, verbose)
+        return f"{compare_table(document, verbose)}\n\n{compare_words(document)}"
     sweep = [sweep_table(document["sweep"])] if "sweep" in document else []
-    return "\n\n".join([benchmark_table(document, verbose), *sweep])
+    return "\n\n".join([benchmark_table(document, verbose), *sweep, benchmark_words(document)])
 
 
 def compare_table(document: dict, verbose: bool = False) -> str:
@@ -110,6 +110,16 @@ def compare_table(document: dict, verbose: bool = False) -> str:
             gain = f"{gain:.2f}x" if isinstance(gain, float) else gain
             rows.append([titles.get(name, name), entry["load"], entry["skip"], gain])
     return markdown_table(["", "load", "skip", "benefit"], rows)
+
+
+def compare_words(document: dict) -> str:
+    """Return in words what the load saved, and where the rest of its time goes."""
+    total = document["summary"]["total"]
+    if not (total["load"] and total["skip"]):
+        return "too few trials succeeded to compare them"
+    load, skip = total["load"]["mean"], total["skip"]["mean"]
+    rest = f"of the {load:.1f} s that stay, {_largest_stages(document, 'load')}"
+    return f"loading saves {skip - load:.1f} s of {skip:.1f} s; {rest}"
 
 
 def benchmark_table(document: dict, verbose: bool = False) -> str:
@@ -128,6 +138,27 @@ def benchmark_table(document: dict, verbose: bool = False) -> str:
     return markdown_table(["measure", *document["summary"]], rows)
 
 
+def benchmark_words(document: dict) -> str:
+    """Return in words what preloading changed, for the start and for the speed after it."""
+
+    def mean(mode: str, key: str) -> float | None:
+        entry = document["summary"].get(mode, {}).get(key)
+        return entry and entry["mean"]
+
+    parts = []
+    total = mean("compile_preload", "total_script_seconds")
+    without = mean("compile_no_preload", "total_script_seconds")
+    if total and without:
+        parts.append(f"preloading saves {without - total:.1f} s of the whole process")
+    tail = mean("compile_preload", "tail_tokens_per_second")
+    eager = mean("eager", "tail_tokens_per_second")
+    if tail and eager:
+        parts.append(f"after the first request it is {tail / eager:.2f} times as fast as eager")
+    if total:
+        parts.append(f"of its start, {_largest_stages(document, 'compile_preload', 'decode')}")
+    return "; ".join(parts) or "too few trials succeeded to compare the modes"
+
+
 def sweep_table(entries: list[dict]) -> str:
     """Return a row per length: TTFT and time per token of each mode, in milliseconds."""
     columns = {"TTFT": "ttft_seconds", "per token": "seconds_per_token"}
@@ -139,6 +170,19 @@ def sweep_table(entries: list[dict]) -> str:
     modes = dict.fromkeys(entry["mode"] for entry in entries)
     header = ["prompt tokens", *(f"{mode} {name} (ms)" for name in columns for mode in modes)]
     return markdown_table(header, list(rows.values()))
+
+
+def mean_stages(document: dict, mode: str) -> dict[str, float]:
+    """Return the mean seconds of each stage of a mode's trials, of those that succeeded."""
+    runs = [trial["stages"] for trial in succeeded(document["trials"], mode)]
+    names = dict.fromkeys(name for stages in runs for name in stages)
+    return {name: sum(stages.get(name, 0.0) for stages in runs) / len(runs) for name in names}
+
+
+def _largest_stages(document: dict, mode: str, *left_out: str) -> str:
+    means = mean_stages(document, mode)
+    largest = sorted(means.keys() - left_out, key=means.__getitem__, reverse=True)[:3]
+    return ", ".join(f"{name} takes {means[name]:.2f} s" for name in largest)
 
 
 # ---- logits: the results of check_equivalence --------------------------------------------

@@ -68,6 +68,7 @@ def test_equal_tokens_pass_and_the_table_tells_the_gain(trial_script, tmp_path, 
     assert document["summary"]["generation"]["benefit"] == 4.0
     printed = capsys.readouterr().out
     assert "4.00x" in printed
+    assert "loading saves" in printed
     assert "kernels_compiled" in printed
     assert "recompiles" not in printed  # only with --verbose
 
