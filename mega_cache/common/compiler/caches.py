@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common.errors import EnvironmentProblemError
+
 
 @contextmanager
 def private_compiler_caches() -> Iterator[None]:
@@ -18,27 +20,48 @@ def private_compiler_caches() -> Iterator[None]:
     """
     with folder_for_compilers("llama-compile-") as folder:
         places = cache_places(folder)
-        own = {name: places[name] for name in places.keys() - os.environ.keys()}
-        os.environ.update(own)
+        before = {name: os.environ.get(name) for name in places}
+        unfit = {name for name, place in before.items() if place is None or _cut_in_two(place)}
+        os.environ.update({name: places[name] for name in unfit})
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
-            for name in own:
+            for name in unfit:
                 os.environ.pop(name, None)
+                if (place := before[name]) is not None:
+                    os.environ[name] = place
             tempfile.tempdir = None
 
 
 @contextmanager
 def folder_for_compilers(prefix: str) -> Iterator[str]:
-    """Make a folder that only this user reads, gone at the end whenever an interrupt comes."""
-    folder = os.path.join(tempfile.gettempdir(), f"{prefix}{os.urandom(8).hex()}")
+    """Make a folder that only this user reads, gone at the end whenever an interrupt comes.
+
+    It is where temporary files are, or elsewhere if that has a space in its name.
+    """
+    folder = os.path.join(_place_for_compilers(), f"{prefix}{os.urandom(8).hex()}")
     try:  # begun before there is a folder: between the two, `tempfile` would leave it behind
         os.mkdir(folder, 0o700)
         yield folder
     finally:
         # a compiler that an interrupt has orphaned may write once more while it is removed
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_for_compilers() -> str:
+    usual = tempfile.gettempdir()
+    for place in (usual, "/tmp", "/var/tmp"):
+        if not _cut_in_two(place) and os.access(place, os.W_OK):
+            return place
+    raise EnvironmentProblemError(
+        f"TMPDIR {usual!r} has a space in it, where compilers' command lines would be cut: set it "
+        "to a folder without"
+    )
+
+
+def _cut_in_two(place: str) -> bool:
+    return any(character.isspace() for character in place)
 
 
 def cache_places(folder: str) -> dict[str, str]:

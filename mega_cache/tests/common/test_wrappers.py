@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import FOLDER
 
+from common.compiler.caches import private_compiler_caches
+
 
 def call(path, cwd, **environment):
     return subprocess.run(
@@ -48,3 +50,17 @@ def test_a_folder_with_a_space_in_its_name_is_one(tmp_path):
     ignored = shutil.ignore_patterns("artifacts", "tests", "results", "__pycache__")
     shutil.copytree(FOLDER, folder, ignore=ignored)
     assert call(folder / "run.sh", tmp_path).returncode == 0
+
+
+def test_no_compiler_meets_a_folder_with_a_space(tmp_path, monkeypatch):
+    place = tmp_path / "two words"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    names = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with private_compiler_caches():
+        assert not any(" " in os.environ[name] for name in names)
+        assert os.path.isdir(os.environ["TMPDIR"])
+    assert {name: os.environ.get(name) for name in names} == before
+    assert list(place.iterdir()) == []
