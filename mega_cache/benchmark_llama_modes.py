@@ -6,7 +6,11 @@ compile_preload loads the portable cache, compile_no_preload compiles from nothi
 compiles. Build the artifact first with ./build.sh.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common.cli import BenchmarkFlags, ComparisonFlags, parse_flags
 from common.errors import run_script

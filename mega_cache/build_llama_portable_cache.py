@@ -7,7 +7,11 @@ Writes the artifact (--cache-path) and its metadata. Start from it with ./run.sh
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common import cuda, machine
 from common.artifact import disk, store

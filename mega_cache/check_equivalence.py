@@ -5,7 +5,11 @@
 Errors are absolute, in standard deviations of the logits of the model in float32, uncompiled.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common.cli import Console, EquivalenceFlags, config_of, parse_flags
 from common.compiler.caches import private_compiler_caches

@@ -5,7 +5,11 @@
 ./compare.sh --model-id random:tiny   load against skip, in fresh processes
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from common import cuda, machine
 from common.cli import CompareFlags, ComparisonFlags, Console, parse_flags

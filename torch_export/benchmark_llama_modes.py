@@ -7,8 +7,11 @@ eager is Hugging Face `generate` uncompiled, floor only brings the weights to th
 package first with ./build.sh.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from aotinductor.flags import APPROACH, EAGER, LOAD, SKIP, RunSettings
 from aotinductor.lengths import find_plan

@@ -8,7 +8,11 @@ with ./run.sh.
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from aotinductor.flags import APPROACH, BuildSettings, PackageFileFlags
 from common import cuda, machine

@@ -6,7 +6,11 @@ Errors are absolute, in standard deviations of the logits of the model in float3
 package may be as far off as eager in the same dtype is; much more is a failure.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from aotinductor.flags import RunSettings
 from common import errors

@@ -5,9 +5,12 @@
 ./compare.sh --model-id random:tiny   load against skip, in fresh processes
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out by PYTHONSAFEPATH
 
 from aotinductor.flags import APPROACH, LOAD, SKIP, RunSettings
 from common import cuda, errors, machine
