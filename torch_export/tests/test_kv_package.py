@@ -81,6 +81,15 @@ def test_a_prompt_may_fill_the_cache_to_the_last_slot_and_not_beyond(tiny):
     assert tiny.packaged(whole) == tiny.eager(whole)
     with pytest.raises(UsageError, match=f"which has {SLOTS}"):
         tiny.engine.generate(last.token_ids, 9)
+    # who asks the generator itself for more gets all that fits, and no crash
+    generator, arrived = tiny.engine.generator, []
+    with pytest.raises(ValueError, match=f"no slot {SLOTS}"):
+        for token in generator.tokens(last.token_ids, SLOTS, 9, ()):
+            arrived.append(token)
+    assert arrived == expected
+    assert len(set(expected)) == 8  # so the last one stops nothing earlier
+    at_the_end = generator.tokens(last.token_ids, SLOTS, 100, expected[-1:])
+    assert list(at_the_end) == expected
 
 
 @pytest.mark.parametrize("token_id", [-1, 512])

@@ -56,11 +56,7 @@ class State(NamedTuple):
 
 
 class KvEngine:
-    """Owns the cache and the step state of one sequence at a time, on one device.
-
-    That there are slots for what is asked is for the caller to check (`Plan.check_request`): in a
-    full cache a step on a CPU ends the process, on CUDA it overwrites other memory.
-    """
+    """Owns the cache and the step state of one sequence at a time, on one device."""
 
     def __init__(self, steps: "PackageSteps", state: State, cache: CacheShape, memory: Memory):
         self.steps, self.state, self.cache, self.memory = steps, state, cache, memory
@@ -103,7 +99,16 @@ class KvEngine:
         self.memory.stream.wait()
 
     def prefill(self, prompt: Sequence[int], padded: int) -> None:
-        """Fill the cache with the prompt's tokens, and leave the first new one in `token`."""
+        """Fill the cache with the prompt's tokens, and leave the first new one in `token`.
+
+        Raises ValueError if they do not fit into the cache. That prefill takes the length at all is
+        for the caller to check (`Plan.check_request`).
+        """
+        if not 0 < len(prompt) <= padded <= self.cache.slots:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens, padded to {padded}, does not fit into a KV "
+                f"cache of {self.cache.slots} slots"
+            )
         if not self.steps.takes_prompts:
             self.memory.clear(self.state.position)
             self.length = 0
@@ -116,7 +121,13 @@ class KvEngine:
         self.steps.prefill(self.length, padded)
 
     def decode(self) -> None:
-        """One step: the token after `token` takes its place, `position` advances."""
+        """One step: the token after `token` takes its place, `position` advances.
+
+        Raises ValueError when the cache is full. No graph checks that: on a CPU it ends the
+        process, on CUDA it overwrites other memory.
+        """
+        if self.length >= self.cache.slots:
+            raise ValueError(f"no slot {self.length} in a KV cache of {self.cache.slots}")
         if self._graph is not None:
             self._graph.replay(self.memory.stream)
         else:
@@ -142,7 +153,8 @@ class KvEngine:
     ) -> Iterator[int]:  # fmt: skip
         """Yield the new token ids, a stop id included, each as it arrives.
 
-        Greedy without a sampler: the programs choose. The last new token needs no slot.
+        Greedy without a sampler: the programs choose. The last new token needs no slot; a request
+        that does not fit is a ValueError, at once or when the cache is full.
         """
         if sampler is not None or not self.on_cuda:
             yield from self._step_by_step(prompt, padded, max_new_tokens, stop_ids, sampler)
@@ -166,16 +178,19 @@ class KvEngine:
         """Ask for the next token without waiting for this one, up to LAG steps ahead.
 
         The programs advance their inputs themselves, and tokens come back through page-locked
-        memory. A stop that is seen late throws the tokens after it away, so the output is the same
-        for any LAG.
+        memory. A stop that is seen late throws the tokens after it away, and a cache that is full
+        before it is seen holds the rest back, so the output is the same for any LAG.
         """
         arrived = cuda.HostMemory(8 * max_new_tokens)
         token_ids = arrived.view.cast("q")
         stream, events = self.memory.stream, []
-        for seen in range(max_new_tokens):
+        seen = 0
+        while seen < max_new_tokens:
             # the first token is waited for at once: time to first token is what a user sees
             ahead = 1 if seen == 0 else min(seen + 1 + LAG, max_new_tokens)
             while len(events) < ahead:
+                if events and self.length >= self.cache.slots and len(events) > seen:
+                    break  # no slot: one of the tokens on their way may be the last
                 self.prefill(prompt, padded) if not events else self.decode()
                 # queued before the next step overwrites it
                 at = arrived.address + 8 * len(events)
@@ -184,6 +199,7 @@ class KvEngine:
                 events[-1].record(stream)
             events[seen].wait()
             token_id = int(token_ids[seen])
+            seen += 1
             yield token_id
             if token_id in stop_ids:
                 return
