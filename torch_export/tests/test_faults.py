@@ -308,6 +308,13 @@ def test_a_disk_that_fills_up_during_compilation_is_named(build, pair, tmp_path,
     assert answers_as_before(server, subject, pair)
 
 
+def test_a_file_size_limit_is_named_before_anything_is_compiled(build, pair):
+    process = build(prefix=["bash", "-c", 'ulimit -f 1000; exec "$0" "$@"'])
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == ENVIRONMENT, told
+    assert "has room for 1.0 MB, the artifact needs about" in told.splitlines()[-1]
+
+
 def test_a_target_that_cannot_be_written_is_named_before_anything_is_compiled(build, subject):
     process = build(f"{subject.path_flag}=/proc/none/artifact")
     told = process.communicate(timeout=120)[1]

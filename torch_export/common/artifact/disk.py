@@ -12,6 +12,7 @@ import grp
 import hashlib
 import os
 import pwd
+import resource
 import shutil
 import stat
 import time
@@ -112,11 +113,14 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
 def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
     """Raise, before a long build, if a file of this size cannot be written there."""
     folder = pair.real().path.parent
-    room = shutil.disk_usage(folder).free
+    room, limit = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY:
+        room = min(room, limit)
     if room < needed_bytes:
         raise errors.EnvironmentProblemError(
             f"{folder} has room for {room / 1e6:.1f} MB, the artifact needs about "
-            f"{needed_bytes / 1e6:.1f} MB: make room, or choose another path"
+            f"{needed_bytes / 1e6:.1f} MB: make room, raise the file size limit, or choose another "
+            "path"
         )
 
 
