@@ -52,7 +52,9 @@ def _without_places(value: Any, key: str = "") -> Any:
     if key in _TEXTS:
         return value
     if isinstance(value, list | tuple):
-        return [_without_places(one) for one in value]
+        # in a command the word after --prompt is a prompt, and the word itself holds one after the =
+        words = zip(["", *value], value, strict=False)
+        return [one if _is_prompt(one, before) else _without_places(one) for before, one in words]
     if not isinstance(value, str):
         return value
     places = {
@@ -64,6 +66,10 @@ def _without_places(value: Any, key: str = "") -> Any:
     for place in sorted(places, key=len, reverse=True):  # a folder may lie in another one
         value = value.replace(place, places[place])
     return value
+
+
+def _is_prompt(word: Any, before: Any) -> bool:
+    return before == "--prompt" or (isinstance(word, str) and word.startswith("--prompt="))
 
 
 # ---- tables ------------------------------------------------------------------------------

@@ -89,14 +89,14 @@ def test_texts_stay_as_they_are_whatever_they_hold(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     text = f"[1,   2] /home/me/x {report.sys.executable} /tmp/y \N{REPLACEMENT CHARACTER}"
     document = {
-        "command": ["/home/me/run", "--json=/home/me/r"],
+        "command": ["/home/me/run", "--prompt", text, f"--prompt={text}", "--json=/home/me/r"],
         "config": {"prompt": text, "json": "/home/me/r"},
         "output": {"text": text, "token_ids": [1, 2]},
         "completions": [text, text],
         "error": "cannot write /home/me/r",
     }
     written = json.loads(report.as_json_text(document))
-    assert written["command"] == ["~/run", "--json=~/r"]
+    assert written["command"] == ["~/run", "--prompt", text, f"--prompt={text}", "--json=~/r"]
     assert written["config"] == {"prompt": text, "json": "~/r"}
     assert written["output"] == document["output"]
     assert written["completions"] == document["completions"]
