@@ -52,7 +52,7 @@ def _without_places(value: Any, key: str = "") -> Any:
     if key in _TEXTS:
         return value
     if isinstance(value, list | tuple):
-        # in a command the word after --prompt is a prompt, and the word itself holds one after the =
+        # in a command the word after --prompt is one, and the word itself holds one after the =
         words = zip(["", *value], value, strict=False)
         return [one if _is_prompt(one, before) else _without_places(one) for before, one in words]
     if not isinstance(value, str):
