@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -143,9 +144,10 @@ def write_pair(
         produce(produced)
         with errors.writing(pair.path), open(produced, "rb") as file:
             os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
             record = {
-                "bytes": os.fstat(file.fileno()).st_size,
-                "sha256": content_digest(file),
+                "bytes": size,
+                "sha256": content_digest(size, partial(os.pread, file.fileno())),
                 "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             }
             built = make_manifest(record)
@@ -218,6 +220,15 @@ def peek_manifest(pair: ArtifactPair) -> Manifest | None:
     return None
 
 
+def read_blob(verified: VerifiedArtifact) -> bytes:
+    """Return the content of a verified artifact, its digest checked on these very bytes."""
+    content = verified.file.read()
+    found = content_digest(len(content), lambda count, start: content[start : start + count])
+    if found != verified.manifest.file["sha256"]:
+        raise errors.ArtifactDamagedError(f"the artifact changed while it was read: {_REBUILD}")
+    return content
+
+
 def _read_manifest(pair: ArtifactPair, flags: TrustFlags) -> Manifest:
     what = "metadata" if os.path.exists(pair.path) else "artifact and no metadata"
     with _open(pair.metadata_path, what, flags) as file:
@@ -237,7 +248,7 @@ def _open_content(path: Path, built: Manifest, flags: TrustFlags) -> BinaryIO:
     size = os.fstat(file.fileno()).st_size
     if size != expected:
         problem = f"{path} has {size} bytes, its metadata says {expected}: truncated"
-    elif content_digest(file) != built.file["sha256"]:
+    elif content_digest(size, partial(os.pread, file.fileno())) != built.file["sha256"]:
         problem = f"the content of {path} is not that of its metadata: damaged"
     else:
         return file
@@ -264,20 +275,19 @@ def _open(path: Path, what: str, flags: TrustFlags) -> BinaryIO:
 # --- digest and origin -----------------------------------------------------------------------
 
 
-def content_digest(file: BinaryIO) -> str:
-    """Return the digest by which metadata names a file's content, in hex.
+def content_digest(size: int, read: Callable[[int, int], bytes]) -> str:
+    """Return the digest by which metadata names `size` bytes, in hex; `read` is like os.pread.
 
     Up to 64 MiB it is what `sha256sum` prints. Of a larger file it is the sha256 of the sha256s of
     its blocks of 64 MiB, so that all cores work on it; in a shell:
 
         split -b 64M --filter 'sha256sum | head -c 64 | xxd -r -p' FILE | sha256sum
     """
-    descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
 
     def block_digest(start: int) -> bytes:
         digest, end = hashlib.sha256(), min(start + BLOCK_BYTES, size)
         # a file shorter than it was ends early, and its digest will not match
-        while start < end and (part := os.pread(descriptor, min(_READ_BYTES, end - start), start)):
+        while start < end and (part := read(min(_READ_BYTES, end - start), start)):
             digest.update(part)
             start += len(part)
         return digest.digest()

@@ -148,7 +148,7 @@ def _load(
         manifest.raise_if_different(pair.path, unlike(built))
         for one in manifest.differences(built.environment, environment(), ("driver",)):
             console.warn(f"{manifest.describe([one])}: usually harmless")
-        blob = verified.file.read()
+        blob = disk.read_blob(verified)
     try:
         step, restored = bundle.load_bundle(blob)
     except (ArtifactDamagedError, ArtifactMismatchError) as error:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from common.artifact.disk import (
     check_target,
     content_digest,
     open_verified,
+    read_blob,
     write_pair,
 )
 from common.artifact.manifest import SCHEMA, Manifest
@@ -88,7 +90,7 @@ def opened(
 def read_build(pair: ArtifactPair) -> int:
     """Return the number of the build that is found, whole, by a reader."""
     with opened(pair) as verified:
-        content = verified.file.read()
+        content = read_blob(verified)
         assert Path(verified.path_for_loader).read_bytes() == content
     build = verified.manifest.details["build"]
     assert content == content_of(build)
@@ -433,7 +435,7 @@ def test_a_reader_keeps_what_it_checked_when_the_pair_is_replaced(pair):
     with opened(pair) as verified:
         write_build(pair, 2)
         assert Path(verified.path_for_loader).read_bytes() == content_of(1)
-        assert verified.file.read() == content_of(1)
+        assert read_blob(verified) == content_of(1)
     assert read_build(pair) == 2
 
 
@@ -534,6 +536,15 @@ def test_a_pinned_metadata_file_admits_its_artifact_wherever_it_lies_and_no_othe
     assert "--expect-sha256 says" in refusal(ArtifactUntrustedError, pair, right)
 
 
+def test_bytes_changed_after_the_check_are_not_handed_out(pair):
+    write_build(pair, 1)
+    with opened(pair) as verified:
+        with open(pair.path, "r+b") as file:
+            file.write(b"changed in place")
+        with pytest.raises(ArtifactDamagedError, match="changed while it was read"):
+            read_blob(verified)
+
+
 def test_the_cost_of_verification_is_told_and_small(pair, capsys):
     write_build(pair, 1)
     seconds = []
@@ -554,7 +565,7 @@ def test_the_digest_is_the_contents_or_that_of_its_blocks_digests(content):
         patch.setattr(disk, "_READ_BYTES", 24)
         file.write(content)
         file.flush()
-        found = content_digest(file)
+        found = content_digest(len(content), partial(os.pread, file.fileno()))
     blocks = [hashlib.sha256(content[at : at + 64]) for at in range(0, len(content), 64)]
     whole = hashlib.sha256(b"".join(block.digest() for block in blocks))
     assert found == (blocks[0] if len(blocks) == 1 else whole).hexdigest()
@@ -573,5 +584,5 @@ def test_a_large_files_digest_is_what_the_documented_shell_command_prints(tmp_pa
         ["sh", "-c", documented.replace("FILE", str(path))], text=True
     )
     with open(path, "rb") as file:
-        found = content_digest(file)
+        found = content_digest(path.stat().st_size, partial(os.pread, file.fileno()))
     assert found == printed.split()[0]

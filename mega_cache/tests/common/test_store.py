@@ -19,6 +19,7 @@ from common.artifact.disk import (
     TrustFlags,
     building,
     open_verified,
+    read_blob,
     write_pair,
 )
 from common.artifact.manifest import differences
@@ -84,7 +85,7 @@ def fetch(url, trust=CONSENT, console=QUIET):
     local = store.fetch(ArtifactPair(Path("a.pt2"), Path("a_meta.json")), url, APPROACH, fits,
                         trust, console)  # fmt: skip
     with open_verified(local, APPROACH, trust, console) as verified:
-        content = verified.file.read()
+        content = read_blob(verified)
     number = verified.manifest.details["build"]
     assert content.rstrip(b"x") == content_of(number).rstrip(b"x")
     return local, number
