@@ -21,6 +21,8 @@ from common.errors import run_script
 from common.measure.report import markdown_table, write_json
 from portable_cache.flags import APPROACH, BuildSettings
 
+# the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
+NEEDED_BYTES = 256 * 2**20
 
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
@@ -29,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     machine.spin_less()  # before any library with threads is loaded
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches(), disk.building(pair, console):
+        disk.check_target(pair, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
         from common.model.target import choose_target
         from portable_cache.build.building import build
