@@ -24,6 +24,7 @@ from portable_cache.flags import APPROACH, BuildSettings
 # the blob of a 3B's decode graphs is some megabytes a length; checked before the long compile
 NEEDED_BYTES = 256 * 2**20
 
+
 def main(argv: Sequence[str]) -> None:
     (settings,) = parse_flags(__doc__, (BuildSettings,), argv)
     console = Console(settings.shared.quiet, settings.shared.verbose)
