@@ -6,7 +6,8 @@
 MODEL is a checkpoint's folder or a preset; MODEL.gguf the same model in any kind of GGUF
 (to_gguf.py makes one of a preset), of which llama.cpp's own conversion makes F32, BF16 and F16. The
 artifacts are those that .ci/measure built under the labels float32 and bfloat16. A trial is a fresh
-process with empty compiler caches; rows alternate.
+process with empty compiler caches. Rows alternate, those of a dtype side by side: a shared host's
+memory is twice as fast in one minute as in another. What compiles at runtime comes once.
 
 Two kinds of trials. Decode: a short prompt, several requests of --new-tokens each: seconds to the
 first token, interpreter start included, and tokens per second of decode after request 1. Prefill:
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="decode trials of each row")
+    parser.add_argument("--loads-only", action="store_true", help="leave out what compiles")
     asked = parser.parse_args()
     folder = preset_folder(asked.model) if asked.model in CONFIGS else Path(asked.model)
     with tempfile.TemporaryDirectory(prefix="llama-alternatives-") as place:
@@ -66,6 +68,8 @@ def main() -> None:
             command = [script(".ci/alternatives/trial.py"), f"--model-id={converted}"]
             command += ["--engine=llama.cpp", "--bos" if begins_with_bos(folder) else "--no-bos"]
             rows.append(Row("llama.cpp", dtype, command))
+        rows.sort(key=lambda row: (row.compiles, list(KINDS).index(row.dtype)))
+        rows = [row for row in rows if not (row.compiles and asked.loads_only)]
         lines = Path(place, "prompts.txt")
         twice = [text for text in prompts_of(folder) for _ in range(2)]
         lines.write_text("".join(f"{text}\n" for text in twice))
@@ -147,7 +151,8 @@ def measure(rows: list[Row], lines: Path, asked: argparse.Namespace) -> dict:
     ]
     floors = [run(floor)]
     for turn in range(asked.rounds):
-        for row in rows[:: -1 if turn % 2 else 1]:
+        once = [row for row in rows if not (turn and row.compiles)]
+        for row in once[:: -1 if turn % 2 else 1]:
             print(f"round {turn + 1}: {row.name}, {row.dtype}", file=sys.stderr, flush=True)
             words = [f"--prompt={PROMPT}", f"--num-requests={row.requests}", "--ignore-eos"]
             row.trials.append(run([*row.command, *words, f"--max-new-tokens={asked.new_tokens}"]))
