@@ -98,10 +98,11 @@ def alternatives_table(result: dict, linked: bool) -> str:
     rows = [alternatives_row(row, lengths, linked) for row in result["rows"]]
     rows.sort(key=lambda row: DTYPES.index(row[1]))
     read = result["read_bytes_per_second"]["mean"] / 1e9
-    trials = result["rows"][0]["decode_tokens_per_second"]["n"]
+    counts = sorted({row["decode_tokens_per_second"]["n"] for row in result["rows"]}, reverse=True)
+    trials = " or ".join(f"{count} process{'es' if count > 1 else ''}" for count in counts)
     about = (
         f"{result['config']['model_id']} on {result['environment']['cpu']}, which reads {read:.1f} "
-        f"GB/s; means of {trials} processes; llama-cpp-python {result['llama_cpp_python']}. "
+        f"GB/s; means of {trials}; llama-cpp-python {result['llama_cpp_python']}. "
         "Prompts: tokens per second, by their tokens."
     )
     return f"{about}\n\n{markdown_table(header, rows)}"
