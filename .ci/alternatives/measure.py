@@ -61,12 +61,12 @@ def main() -> None:
     asked = parser.parse_args()
     folder = preset_folder(asked.model) if asked.model in CONFIGS else Path(asked.model)
     with tempfile.TemporaryDirectory(prefix="llama-alternatives-") as place:
-        rows = own_rows(asked.model, folder)
+        rows, bos = own_rows(asked.model, folder), begins_with_bos(folder)
         for dtype, (kind, number) in KINDS.items():
             converted = Path(place, f"{kind}.gguf")
             convert(asked.gguf, number, converted)
             command = [script(".ci/alternatives/trial.py"), f"--model-id={converted}"]
-            command += ["--engine=llama.cpp", "--bos" if begins_with_bos(folder) else "--no-bos"]
+            command += ["--engine=llama.cpp", "--bos" if bos else "--no-bos"]
             rows.append(Row("llama.cpp", dtype, command))
         rows.sort(key=lambda row: (row.compiles, list(KINDS).index(row.dtype)))
         rows = [row for row in rows if not (row.compiles and asked.loads_only)]
