@@ -61,6 +61,8 @@ def attend_kernel(
     position = tl.load(position_ptr).to(tl.int32)
     half = tl.arange(0, HALF)
     row = tl.arange(0, ROWS)
+    # Inductor hands a float over as float32 or, from torch 2.11 on, as float64
+    scale, eps = tl.cast(scale, tl.float32), tl.cast(eps, tl.float32)
 
     # rope holds the cosines, then the signed sines: the second half of those has the plus
     cos = tl.load(rope_ptr + position * HEAD + half)[None, :]
