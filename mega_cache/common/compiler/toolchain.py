@@ -79,6 +79,8 @@ def check_compiles(variable: str, headers: Sequence[str], flags: Sequence[str]) 
             env=os.environ | {"LC_ALL": "C"},  # the answer is read below
         )
     if ended.returncode == 0:
+        if variable == "CXX":
+            _require_shared_libstdcxx(command)
         return
     if missing := _MISSING_HEADER.search(ended.stderr):
         reason = f"{missing[1]} is missing, which this build compiles with: {_cure(missing[1])}"
@@ -87,6 +89,26 @@ def check_compiles(variable: str, headers: Sequence[str], flags: Sequence[str]) 
         text = told[0].strip() if told else "no message"
         reason = f"{command} cannot compile for this build: {text}"
     raise EnvironmentProblemError(reason)
+
+
+def _require_shared_libstdcxx(command: str) -> None:
+    """Raise unless what is compiled shares the C++ library with the rest of its process.
+
+    Where the linker finds the archive alone, each compiled program holds a copy of the library. It
+    crashes when it is opened beside another one (seen on a machine with a GPU: SIGSEGV, bad_cast).
+    """
+
+    def place(file: str) -> Path:
+        question = [command, f"-print-file-name={file}"]
+        return Path(subprocess.run(question, capture_output=True, text=True).stdout.strip())
+
+    archive = place("libstdc++.a")
+    if archive.is_absolute() and not place("libstdc++.so").is_absolute():
+        shared = cuda.loaded_library("libstdc++.so.6") or "/path/to/libstdc++.so.6"
+        raise EnvironmentProblemError(
+            f"{command} finds libstdc++.a and no libstdc++.so, and what it compiles would hold a "
+            f"copy of that library and crash: ln -s {shared} {archive.parent.resolve()}/libstdc++.so"
+        )
 
 
 def _cure(header: str) -> str:

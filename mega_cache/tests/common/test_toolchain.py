@@ -60,6 +60,22 @@ def test_missing_library_is_named():
         check_compiles("CXX", ("vector",), ["-lno_such_driver"])
 
 
+def test_a_compiler_that_would_put_its_library_into_programs_is_refused(monkeypatch, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        f"""#!/bin/sh
+case $1 in
+-print-file-name=libstdc++.so) echo libstdc++.so ;;
+*) exec {shutil.which("g++")} "$@" ;;
+esac
+"""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(EnvironmentProblemError, match=r"ln -s /.*libstdc\+\+\.so\.6 /"):
+        check_compiles("CXX", ("vector",), [])
+
+
 def test_cuda_home_takes_headers_of_the_user_first_and_links_the_driver(monkeypatch, tmp_path):
     (tmp_path / "users/include/cccl/nv").mkdir(parents=True)
     (tmp_path / "users/include/cuda.h").write_text("// the user's")
