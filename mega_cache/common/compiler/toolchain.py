@@ -105,9 +105,10 @@ def _require_shared_libstdcxx(command: str) -> None:
     archive = place("libstdc++.a")
     if archive.is_absolute() and not place("libstdc++.so").is_absolute():
         shared = cuda.loaded_library("libstdc++.so.6") or "/path/to/libstdc++.so.6"
+        link = archive.parent.resolve() / "libstdc++.so"
         raise EnvironmentProblemError(
-            f"{command} finds libstdc++.a and no libstdc++.so, and what it compiles would hold a "
-            f"copy of that library and crash: ln -s {shared} {archive.parent.resolve()}/libstdc++.so"
+            f"{Path(command).name} finds libstdc++.a and no libstdc++.so: what it compiles would "
+            f"hold a copy of that library, and crash; ln -s {shared} {link}"
         )
 
 

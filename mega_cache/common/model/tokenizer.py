@@ -77,8 +77,9 @@ class TextCodec:
         for one in ids:
             if not 0 <= one < self.vocab_size:
                 token = self.tokenizer.id_to_token(one) if one >= 0 else None
+                named = f", {token!r}," if token else ""
                 raise UsageError(
-                    f"the prompt holds token {one}, {token!r}, and the model's vocabulary has "
+                    f"the prompt holds token {one}{named} and the model's vocabulary has "
                     f"{self.vocab_size}: its embedding lacks that row"
                 )
 
