@@ -107,8 +107,8 @@ def _require_shared_libstdcxx(command: str) -> None:
         shared = cuda.loaded_library("libstdc++.so.6") or "/path/to/libstdc++.so.6"
         link = archive.parent.resolve() / "libstdc++.so"
         raise EnvironmentProblemError(
-            f"{Path(command).name} finds libstdc++.a and no libstdc++.so: what it compiles would "
-            f"hold a copy of that library, and crash; ln -s {shared} {link}"
+            f"{command} finds libstdc++.a and no libstdc++.so: what it compiles would hold a copy "
+            f"of that library, and crash; name another in CXX, or ln -s {shared} {link}"
         )
 
 
