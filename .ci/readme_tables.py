@@ -40,7 +40,8 @@ def main() -> None:
 def expected() -> dict[Path, str]:
     """Return what each README should say, whole."""
     root = REPOSITORY / "README.md"
-    texts = {root: filled(filled(root.read_text(), "results", overview()), "session", session())}
+    text = filled(filled(root.read_text(), "results", overview()), "session", session())
+    texts = {root: filled(text, "gpu", on_a_gpu())}
     for name in FOLDERS:
         readme = REPOSITORY / name / "README.md"
         texts[readme] = filled(readme.read_text(), "results", folder_text(name))
@@ -133,6 +134,31 @@ def session() -> str:
             command = f"$ torch_export/run.sh --model-id {model_of(steps)} {asked}"
             lines = [command, *run["completions"][0].splitlines(), *run_lines(run)]
             return "\n".join(["```text", *lines, "```"])
+    return ""
+
+
+def on_a_gpu() -> str:
+    """Return what one run on a GPU took, beside transformers' eager mode on the same kind."""
+    for file in sorted(REPOSITORY.glob("torch_export/results/*/run.json"), reverse=True):
+        run = json.loads(file.read_bytes())
+        environment, speed = run["environment"], run["decode"]
+        if not environment["gpu"]:
+            continue
+        built, beside = (
+            json.loads((file.parent / f"{name}.json").read_bytes()) for name in ("build", "eager")
+        )
+        (eager,) = (trial for trial in beside["trials"] if trial["mode"] == "eager")
+        files = f"torch_export/results/{file.parent.name}"
+        return (
+            f"**On an {environment['gpu']}** ([files]({files})) `torch_export` starts "
+            f"`{run['config']['model_id']}` ({built['model']['dtype']}, torch "
+            f"{environment['torch']}) with its first token after "
+            f"{run['metrics']['ttft_cold_start_seconds']:.2f} s and decodes "
+            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['bandwidth_share']:.0%} of the "
+            f"GPU's bandwidth; {run['output']['new_tokens']} tokens take a process "
+            f"{run['metrics']['total_script_seconds']:.2f} s. Eager decodes "
+            f"{eager['metrics']['tail_tokens_per_second']:.0f} tokens/s there."
+        )
     return ""
 
 
