@@ -23,13 +23,13 @@ def main(argv: Sequence[str]) -> None:
     console = Console(settings.shared.quiet, settings.shared.verbose)
     with private_compiler_caches():
         # imported late: --help answers without torch, and bad flags without its seconds
-        from common.model.target import choose_target
         from portable_cache.build.verify import compare_logits
-        from portable_cache.start.opening import open_model
+        from portable_cache.start.opening import choose_built_target, open_model
 
-        target = choose_target(settings.shared, console)
+        pair = settings.files.pair()
+        target = choose_built_target(settings.shared, pair, console)
         wanted = settings.wanted()._replace(mode="load", must_load=True)
-        opened = open_model(target, settings.files.pair(), wanted, console)
+        opened = open_model(target, pair, wanted, console)
         lengths, steps = flags.logit_prompt_lengths, flags.logit_steps
         seed = settings.shared.seed
         document, wrong = compare_logits(target, opened, lengths, steps, seed, console)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from package_code import host_libraries, wide_instructions
 from rehearsal import Ended, Rehearsal
 
 BUILD = "mega_cache/build_llama_portable_cache.py"
@@ -40,6 +41,11 @@ def rehearse_artifact(rehearsal: Rehearsal, artifact: Artifact) -> None:
     new_tokens = f"--max-new-tokens={NEW_TOKENS}"
     built = rehearsal.run(BUILD, *files, *lengths, mode, precompile, verify)
     rehearsal.check_build(subject, built)
+    if artifact.precompile:
+        libraries = host_libraries(path.read_bytes())
+        wide = [one for library in libraries for one in wide_instructions(library)]
+        claim = "the decode step's host code starts on any x86-64-v3"
+        rehearsal.check(subject, claim, wide if libraries else ["no library found"])
     for length in artifact.prompt_lengths:
         started = rehearsal.run(
             RUN, *files, "--load-artifacts", "--require-hit", precompile,

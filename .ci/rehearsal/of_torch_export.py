@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from package_code import GraphCode, read_package
+from package_code import GraphCode, read_package, wide_instructions
 from rehearsal import Ended, Rehearsal
 
 BUILD = "torch_export/build_llama_aotinductor.py"
@@ -82,7 +82,7 @@ def check_code(
     for name, graph in graphs.items():
         other = [t for t in graph.cubin_targets.elements() if t.rstrip("a") != architecture]
         rehearsal.check(f"{subject}, {name}", f"cubins are for {architecture}", other)
-        wide = graph.wide_instructions()
+        wide = wide_instructions(graph.host_library)
         rehearsal.check(f"{subject}, {name}", "host code starts on any x86-64-v3", wide)
         CHECKS_OF_GRAPH.get(name, check_base)(rehearsal, f"{subject}, {name}", package, graph)
     if "--kv-cache" in package.build:

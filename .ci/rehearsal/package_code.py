@@ -52,18 +52,26 @@ class GraphCode:
             if math.prod(sizes) >= elements
         ]
 
-    def wide_instructions(self) -> list[str]:
-        """Return the AVX-512 instructions of the host code, as objdump writes them."""
-        with tempfile.NamedTemporaryFile(suffix=".so") as file:
-            Path(file.name).write_bytes(self.host_library)
-            listing = subprocess.run(
-                ["objdump", "-d", "--no-show-raw-insn", file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        wide = re.compile(r"%(?:zmm|[xy]mm(?:1[6-9]|2\d|3[01])|k[1-7]\b)")
-        return [line.split("\t")[-1].strip() for line in listing.splitlines() if wide.search(line)]
+
+def wide_instructions(library: bytes) -> list[str]:
+    """Return the AVX-512 instructions of a shared library, as objdump writes them."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        Path(file.name).write_bytes(library)
+        listing = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    wide = re.compile(r"%(?:zmm|[xy]mm(?:1[6-9]|2\d|3[01])|k[1-7]\b)")
+    return [line.split("\t")[-1].strip() for line in listing.splitlines() if wide.search(line)]
+
+
+def host_libraries(blob: bytes) -> list[bytes]:
+    """Return what begins with each x86-64 shared library that is stored in a file as it is."""
+    starts = [found.start() for found in re.finditer(b"\x7fELF", blob)]
+    # e_machine; cubins are ELF too
+    return [blob[at:] for at in starts if blob[at + 18 : at + 20] == b"\x3e\x00"]
 
 
 def read_package(path: Path) -> dict[str, GraphCode]:

@@ -13,6 +13,8 @@ from common import cuda
 _CODE_FEATURES = re.compile(
     r"sse|ssse|avx|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|aes|sha|v?pclmul|cx16|xop"
 )
+COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
+LEVEL_FEATURES = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}
 # Turns of a loop in which a thread of OpenMP waits for the others before it sleeps. libgomp's own
 # 300,000 make a model's decode 30 times slower beside other work, and hardly faster alone.
@@ -87,6 +89,11 @@ def cpu_features() -> set[str]:
     # aarch64 lists nothing but extensions
     listed = bool(lines) and lines[0].startswith("Features")
     return {word for word in words if listed or _CODE_FEATURES.match(word)}
+
+
+def has_common_level() -> bool:
+    """Return whether code for COMMON_LEVEL runs here."""
+    return os.uname().machine == "x86_64" and cpu_features() >= LEVEL_FEATURES
 
 
 def cpu_capability() -> str:

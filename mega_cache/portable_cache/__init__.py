@@ -49,7 +49,6 @@ def load(
         from common.artifact.disk import TrustFlags
         from common.cli import Console, SharedFlags
         from common.compiler.caches import private_compiler_caches
-        from common.model.target import choose_target
         from portable_cache.flags import CacheFileFlags, Wanted
         from portable_cache.start import opening
 
@@ -60,7 +59,7 @@ def load(
         console = Console(quiet=True)
         pair = CacheFileFlags(Path(path)).pair()
         shared = SharedFlags(model_id=model, device=device, dtype=dtype)
-        target = choose_target(shared, console, opening.known_checkpoint(pair))
+        target = opening.choose_built_target(shared, pair, console)
         wanted = Wanted(trust=TrustFlags(trust_artifact=trust))
         opened = opening.open_model(target, pair, wanted, console)
     opened.model.new_cache = opened.make_cache

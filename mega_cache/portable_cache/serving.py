@@ -8,11 +8,10 @@ from common.measure import requests
 from common.measure.measures import Stages, process_start
 from common.model.checkpoint import Checkpoint
 from common.model.conversation import converse, wants_conversation
-from common.model.target import choose_target
 from common.model.tokenizer import Generate, TextCodec, load_codec, prompts_of
 from portable_cache import no_collections
 from portable_cache.flags import APPROACH, RunSettings
-from portable_cache.start.opening import Opened, known_checkpoint, open_model
+from portable_cache.start.opening import Opened, choose_built_target, open_model
 
 
 def run(settings: RunSettings, console: Console) -> dict | None:
@@ -21,8 +20,7 @@ def run(settings: RunSettings, console: Console) -> dict | None:
     stages.close("imports")
     with no_collections():
         pair = settings.files.pair()
-        known = known_checkpoint(pair) if loading.mode == "load" else None
-        target = choose_target(settings.shared, console, known)
+        target = choose_built_target(settings.shared, pair, console)
         opened = open_model(target, pair, settings.wanted(), console, stages.close)
         codec = load_codec(target.checkpoint)
     if wants_conversation(settings.prompt, settings.shared.json):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from aotinductor.flags import APPROACH, ExpectedShapeFlags, ShapeFlags
 from common.artifact.disk import ArtifactPair, peek_manifest
 from common.artifact.manifest import Manifest, differences, raise_if_different
-from common.cli import DTYPES, SharedFlags
 from common.errors import UsageError
 
 _REBUILD = "rebuild with ./build.sh"
@@ -117,16 +116,6 @@ class Plan(NamedTuple):
             f"{prompt_tokens} prompt tokens + {max_new_tokens} new ones: {problem}; change the "
             f"prompt or --max-new-tokens, or {_REBUILD} {flags}"
         )
-
-    def fill_in(self, shared: SharedFlags) -> SharedFlags:
-        """Return the flags with the package's device and dtype where the user left them open."""
-        found, dtype = {}, self.manifest.model.get("dtype") if self.manifest else None
-        # where there is no GPU, a package for one is refused with all that differs
-        if shared.device == "auto" and self.built.get("device") == "cpu":
-            found["device"] = "cpu"
-        if shared.dtype == "auto" and dtype in DTYPES:
-            found["dtype"] = dtype
-        return shared.changed(**found)
 
 
 def find_plan(

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import os
 from typing import Any
 
 from aotinductor.flags import BuildSettings
@@ -13,8 +12,6 @@ from common.model.checkpoint import Checkpoint
 from common.model.stored import Stored
 from common.model.target import Target
 from common.model.weights import map_tensor
-
-COMMON_LEVEL = "x86-64-v3"  # AVX2 and FMA: Intel since 2013, AMD since 2015
 
 
 def make_recipe(settings: BuildSettings, target: Target) -> dict[str, Any]:
@@ -118,8 +115,7 @@ def machine_of(device: str) -> dict[str, Any]:
     exactly this processor, it would die of SIGILL on another one. A CPU package computes in it, and
     runs where its processor's features are.
     """
-    capability = machine.cpu_capability()
-    if device == "cuda" and os.uname().machine == "x86_64" and capability != "DEFAULT":
-        return {"device": device, "cpu_capability": COMMON_LEVEL, "cpu_features": None}
-    features = sorted(machine.cpu_features())
+    capability, features = machine.cpu_capability(), sorted(machine.cpu_features())
+    if device == "cuda" and machine.has_common_level():
+        capability, features = machine.COMMON_LEVEL, None
     return {"device": device, "cpu_capability": capability, "cpu_features": features}

@@ -105,23 +105,3 @@ def inductor_settings(options: Mapping[str, object]) -> Iterator[None]:
     """
     with find("torch._inductor.config", "patch")(dict(options)):
         yield
-
-
-@contextmanager
-def host_code_for(level: str) -> Iterator[None]:
-    """While inside, C++ is compiled for this level of processors, not for this machine's own.
-
-    `cpp.march` is a setting from torch 2.13 on; before, the flag is a literal in a function.
-    """
-    if hasattr(find("torch._inductor.config", "cpp"), "march"):
-        with inductor_settings({"cpp.march": level}):
-            yield
-        return
-    stock = find("torch._inductor.cpp_builder", "_get_optimization_cflags")
-
-    def for_level(*args, **kwargs):
-        cflags, ldflags = stock(*args, **kwargs)
-        return [flag.replace("march=native", f"march={level}") for flag in cflags], ldflags
-
-    with patch("torch._inductor.cpp_builder._get_optimization_cflags", for_level):
-        yield

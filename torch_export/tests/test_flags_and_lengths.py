@@ -5,6 +5,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 from helpers import FOLDER, run_command
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +18,12 @@ from aotinductor.flags import (
     ShapeFlags,
 )
 from aotinductor.lengths import Plan, make_bounds, override, parse_bounds
-from common.artifact.manifest import SCHEMA, Manifest
+from aotinductor.recipe import machine_of
+from common import machine
 from common.cli import (
     BenchmarkFlags,
     CompareFlags,
     ComparisonFlags,
-    SharedFlags,
     config_of,
     parse_flags,
 )
@@ -126,19 +127,6 @@ def shape_flags():
     return st.builds(make, st.integers(1, 64), st.integers(2, 64), lengths, st.booleans())
 
 
-def test_a_run_takes_device_and_dtype_from_the_package_unless_it_is_told():
-    def plan(recipe, **model):
-        built = Manifest(SCHEMA, "torch_export", model, {}, recipe, {}, 0.0, {})
-        return Plan(make_bounds(ShapeFlags()), built)
-
-    found = plan({"device": "cpu"}, dtype="float16").fill_in(SharedFlags())
-    assert (found.device, found.dtype) == ("cpu", "float16")
-    told = SharedFlags(device="cuda", dtype="bfloat16")
-    assert plan({"device": "cpu"}, dtype="float16").fill_in(told) == told
-    for other in (plan({}), plan({"device": "cuda"}, dtype="complex64"), plan({"device": 7})):
-        assert other.fill_in(SharedFlags()) == SharedFlags()
-
-
 @given(shape_flags())
 def test_bounds_survive_the_metadata(flags):
     bounds = make_bounds(flags)
@@ -198,3 +186,13 @@ def test_a_runtime_graph_takes_the_flags_given_and_builds_defaults():
     assert override(ExpectedShapeFlags(max_seq_len=64)).max_seq_len == 64
     with pytest.raises(UsageError, match="try 56"):
         override(ExpectedShapeFlags(max_seq_len=60))
+
+
+def test_a_recipe_names_the_level_that_host_code_of_cuda_is_compiled_for():
+    if not machine.has_common_level():
+        pytest.skip("no x86-64-v3 here")
+    assert machine_of("cuda") == {
+        "device": "cuda", "cpu_capability": machine.COMMON_LEVEL, "cpu_features": None,
+    }  # fmt: skip
+    assert machine_of("cpu")["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert set(machine_of("cpu")["cpu_features"]) == machine.cpu_features() > {"avx2", "fma"}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from common.compiler.host_code import portable_host_code
 from common.errors import ScriptError, first_line
-from common.machine import cpu_features
+from common.machine import LEVEL_FEATURES, cpu_features, has_common_level
 from portable_cache import torch_private
 from portable_cache.flags import CompileFlags
 from portable_cache.start import decode_step
@@ -93,12 +94,14 @@ def _compile(
 ) -> SavedStep:
     options = dict(torch_private.list_mode_options(mode))
     # a CUDA graph is captured around the whole step, at the start
-    cudagraphs = options.pop("triton.cudagraphs", False) and model.device.type == "cuda"
+    device = model.device.type
+    cudagraphs = options.pop("triton.cudagraphs", False) and device == "cuda"
+    portable = device == "cuda" and has_common_level()
     contract = {
         "process": decode_step.of_process(model),
         "call": decode_step.of_call(call.arguments, call.cache),
         "cudagraphs": cudagraphs,
-        "processor": sorted(cpu_features()),
+        "processor": sorted(LEVEL_FEATURES if portable else cpu_features()),
     }
     program, known = export(model, call, slots), decode_step.weights_of(model)
     constants = {n: t for n, t in program.constants.items() if n not in known}
@@ -113,7 +116,8 @@ def _compile(
     options["aot_inductor.precompile_headers"] = False
     # AOTInductor writes into this setting and leaves it so, and it is in the key of each graph that
     # is compiled later
-    with torch_private.config.patch({"aot_inductor.metadata": {}}):
+    clean = torch_private.config.patch({"aot_inductor.metadata": {}})
+    with clean, portable_host_code(device):
         path = torch_private.compile_package(
             program, package_path=str(folder / "step.pt2"), inductor_configs=options
         )

@@ -10,11 +10,11 @@ import torch
 from common.artifact import disk, manifest
 from common.artifact.disk import ArtifactPair
 from common.artifact.store import fetch
-from common.cli import Console
+from common.cli import Console, SharedFlags
 from common.compiler import counts, toolchain
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, ScriptError
 from common.machine import environment
-from common.model.target import Target
+from common.model.target import Target, as_built, choose_target
 from portable_cache import torch_private
 from portable_cache.flags import APPROACH, CompileFlags, Wanted
 from portable_cache.recipe import find_differences, settle
@@ -129,10 +129,11 @@ def open_model(
     return Opened(model, flags, watch, artifact, wanted.must_load)
 
 
-def known_checkpoint(pair: ArtifactPair) -> dict[str, Any] | None:
-    """Return what an artifact's metadata says of its checkpoint, for `choose_target`."""
+def choose_built_target(shared: SharedFlags, pair: ArtifactPair, console: Console) -> Target:
+    """Return what the flags name, as the artifact has it where they leave something open."""
     built = disk.peek_manifest(pair)
-    return built and built.details.get("checkpoint")
+    known = built.details.get("checkpoint") if built else None
+    return choose_target(as_built(shared, built), console, known)
 
 
 def _load(

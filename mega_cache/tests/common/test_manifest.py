@@ -19,7 +19,9 @@ from common.artifact.manifest import (
     parse_manifest,
     raise_if_different,
 )
+from common.cli import SharedFlags
 from common.errors import ArtifactDamagedError, ArtifactMismatchError
+from common.model.target import as_built
 
 SCALARS = (
     st.none()
@@ -153,3 +155,15 @@ def test_differences_are_named_with_both_values():
 def test_a_description_is_one_printable_line(built, found):
     assert describe(differences(built, found, "abcd")).isprintable()
     assert differences(built, built, "abcd") == []
+
+
+def test_a_run_takes_device_and_dtype_from_the_artifact_unless_it_is_told():
+    def built(recipe, dtype=None):
+        return EXAMPLE._replace(model={"dtype": dtype}, recipe=recipe)
+
+    found = as_built(SharedFlags(), built({"device": "cpu"}, "float16"))
+    assert (found.device, found.dtype) == ("cpu", "float16")
+    told = SharedFlags(device="cuda", dtype="bfloat16")
+    assert as_built(told, built({"device": "cpu"}, "float16")) == told
+    others = built({}), built({"device": "cuda"}, "complex64"), built({"device": 7}), None
+    assert all(as_built(SharedFlags(), other) == SharedFlags() for other in others)

@@ -1,13 +1,12 @@
 """From an exported program to machine code, with the settings that all programs share."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 
 from aotinductor import torch_private
 from aotinductor.lengths import Bounds
-from aotinductor.recipe import COMMON_LEVEL, machine_of
+from common.compiler.host_code import portable_host_code
 
 
 def compile_program(
@@ -24,7 +23,7 @@ def compile_program(
         # all but CPP, whose template for CPUs packs this checkpoint's weights into a new constant
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
-    with portable_host_code(exported.example_inputs[0][0].device):
+    with portable_host_code(exported.example_inputs[0][0].device.type):
         return torch_private.aot_compile(exported, options | dict(own_options))
 
 
@@ -40,15 +39,3 @@ def example_and_dim(bounds: Bounds) -> tuple[int, dict | None]:
     longest = max(last - 1, first, 2)
     example = min(max(bounds.example_seq_len // multiple, first, 2), longest, last)
     return example * multiple, {1: blocks if multiple == 1 else multiple * blocks}
-
-
-@contextmanager
-def portable_host_code(device: torch.device) -> Iterator[None]:
-    """While inside, Inductor compiles C++ for the level that `machine_of` names."""
-    if machine_of(device.type)["cpu_capability"] != COMMON_LEVEL:
-        yield
-        return
-    # 256 bits is AVX2; "ok": its probe of every instruction set takes six seconds
-    options = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
-    with torch_private.inductor_settings(options), torch_private.host_code_for(COMMON_LEVEL):
-        yield

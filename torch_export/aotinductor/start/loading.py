@@ -26,7 +26,7 @@ from common.cli import Console, SharedFlags
 from common.errors import ArtifactDamagedError, ArtifactMismatchError, UsageError, first_line
 from common.model import weights
 from common.model.stored import read_header
-from common.model.target import Target, choose_target
+from common.model.target import Target, as_built, choose_target
 from common.model.tokenizer import TextCodec, load_codec
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def make_opening(
     """Return an opening by a plan, with a package or without; without a model, of its own."""
     if not shared.model_id and plan.manifest:
         shared = shared.changed(model_id=plan.manifest.model["id"])
-    target = choose_target(plan.fill_in(shared), console, plan.checkpoint)
+    target = choose_target(as_built(shared, plan.manifest), console, plan.checkpoint)
     if target.device == "cpu" and plan.checkpoint and not plan.built.get("embed_weights"):
         weights.map_pages(target.checkpoint.stored.values())  # while the tokenizer is made
     return Opening(pair, trust, target, plan, load_codec(target.checkpoint))

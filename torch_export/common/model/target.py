@@ -4,7 +4,8 @@ import sys
 from typing import Any, NamedTuple
 
 from common import cuda, machine
-from common.cli import Console, SharedFlags
+from common.artifact.manifest import Manifest
+from common.cli import DTYPES, Console, SharedFlags
 from common.errors import EnvironmentProblemError
 from common.model.checkpoint import Checkpoint, resolve_checkpoint
 
@@ -34,6 +35,17 @@ def choose_target(
     usual = "bfloat16" if device == "cuda" else "float32"
     dtype = usual if flags.dtype == "auto" else flags.dtype
     return Target(resolve_checkpoint(flags.model_id, console, known), device, dtype)
+
+
+def as_built(flags: SharedFlags, built: Manifest | None) -> SharedFlags:
+    """Return the flags with an artifact's device and dtype where the user left them open."""
+    found, dtype = {}, built.model.get("dtype") if built else None
+    # where there is no GPU, an artifact for one is refused with all that differs
+    if flags.device == "auto" and built and built.recipe.get("device") == "cpu":
+        found["device"] = "cpu"
+    if flags.dtype == "auto" and dtype in DTYPES:
+        found["dtype"] = dtype
+    return flags.changed(**found)
 
 
 def choose_device(wanted: str) -> str:
