@@ -233,7 +233,11 @@ class SharedFlags(Flags):
         often=True,
     )
     device: str = flag("auto", "auto: CUDA when there is one", choices=("auto", "cuda", "cpu"))
-    dtype: str = flag("auto", "of weights, auto: bfloat16 on CUDA, float32 on CPU", choices=DTYPES)
+    dtype: str = flag(
+        "auto",
+        "of weights; auto: the artifact's, else bfloat16 on CUDA, float32 on CPU",
+        choices=DTYPES,
+    )
     seed: int = flag(0, "of sampling and of synthetic prompts", parse=non_negative_int)
     json: Path | None = flag(None, "file to write the whole result to, as JSON", often=True)
     verbose: bool = flag(False, "print every measure", often=True)
