@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before transformers, as in a start: the keys of Inductor's caches name the first module that is
+# found to have `torch` (2.11.0 with transformers 5.17.0), and every graph would be missed.
+import torch  # noqa: F401
 from transformers import Cache, PreTrainedModel
 
 from common import errors
