@@ -62,11 +62,16 @@ def measurements(folder: str) -> dict[str, dict]:
     """Return the steps' results of each measurement of a folder by name, real models first."""
     found = {}
     for place in sorted((REPOSITORY / folder / "results").glob("*/")):
-        files = {step: place / f"{step}.json" for step in STEPS}
-        steps = {step: json.loads(f.read_bytes()) for step, f in files.items() if f.exists()}
+        steps = steps_of(place)
         if "compare" in steps:
             found[place.name] = steps
     return dict(sorted(found.items(), key=lambda item: model_of(item[1]).startswith("random")))
+
+
+def steps_of(place: Path) -> dict[str, dict]:
+    """Return the results of one measurement, by the step that gave them."""
+    files = {step: place / f"{step}.json" for step in STEPS}
+    return {step: json.loads(f.read_bytes()) for step, f in files.items() if f.exists()}
 
 
 def model_of(steps: dict) -> str:
@@ -139,25 +144,24 @@ def session() -> str:
 
 def on_a_gpu() -> str:
     """Return what one run on a GPU took, beside transformers' eager mode on the same kind."""
-    for file in sorted(REPOSITORY.glob("torch_export/results/*/run.json"), reverse=True):
-        run = json.loads(file.read_bytes())
-        environment, speed = run["environment"], run["decode"]
-        if not environment["gpu"]:
+    for place in sorted(REPOSITORY.glob("torch_export/results/*/"), reverse=True):
+        steps = steps_of(place)
+        if not (
+            steps.keys() >= {"build", "run", "benchmark"} and steps["run"]["environment"]["gpu"]
+        ):
             continue
-        built, beside = (
-            json.loads((file.parent / f"{name}.json").read_bytes()) for name in ("build", "eager")
-        )
-        (eager,) = (trial for trial in beside["trials"] if trial["mode"] == "eager")
-        files = f"torch_export/results/{file.parent.name}"
+        run, eager = steps["run"], steps["benchmark"]["summary"]["eager"]
+        environment, speed = run["environment"], run["decode"]
+        files = f"torch_export/results/{place.name}"
         return (
             f"**On an {environment['gpu']}** ([files]({files})) `torch_export` starts "
-            f"`{run['config']['model_id']}` ({built['model']['dtype']}, torch "
+            f"`{run['config']['model_id']}` ({dtype_of(steps)}, torch "
             f"{environment['torch']}) with its first token after "
             f"{run['metrics']['ttft_cold_start_seconds']:.2f} s and decodes "
             f"{speed['tokens_per_second']:.0f} tokens/s, {speed['bandwidth_share']:.0%} of the "
             f"GPU's bandwidth; {run['output']['new_tokens']} tokens take a process "
             f"{run['metrics']['total_script_seconds']:.2f} s. Eager decodes "
-            f"{eager['metrics']['tail_tokens_per_second']:.0f} tokens/s there."
+            f"{eager['tail_tokens_per_second']['mean']:.0f} tokens/s there."
         )
     return ""
 

@@ -151,8 +151,8 @@ def measure(rows: list[Row], lines: Path, asked: argparse.Namespace) -> dict:
     ]
     floors = [run(floor)]
     for turn in range(asked.rounds):
-        once = [row for row in rows if not (turn and row.compiles)]
-        for row in once[:: -1 if turn % 2 else 1]:
+        due = [row for row in rows if not (turn and row.compiles)]
+        for row in due[:: -1 if turn % 2 else 1]:
             print(f"round {turn + 1}: {row.name}, {row.dtype}", file=sys.stderr, flush=True)
             words = [f"--prompt={PROMPT}", f"--num-requests={row.requests}", "--ignore-eos"]
             row.trials.append(run([*row.command, *words, f"--max-new-tokens={asked.new_tokens}"]))

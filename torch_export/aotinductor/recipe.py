@@ -111,11 +111,10 @@ def _content_digest(tensor: Stored) -> str:
 def machine_of(device: str) -> dict[str, Any]:
     """Return what a package needs of a processor: the recipe holds it.
 
-    A CUDA package's C++ only launches kernels, so it is compiled for the common level: compiled for
-    exactly this processor, it would die of SIGILL on another one. A CPU package computes in it, and
-    runs where its processor's features are.
+    A CUDA package's C++ is compiled for the common level; a CPU package's runs where its
+    processor's features are.
     """
     capability, features = machine.cpu_capability(), sorted(machine.cpu_features())
-    if device == "cuda" and machine.has_common_level():
+    if machine.host_code_is_portable(device):
         capability, features = machine.COMMON_LEVEL, None
     return {"device": device, "cpu_capability": capability, "cpu_features": features}

@@ -91,9 +91,14 @@ def cpu_features() -> set[str]:
     return {word for word in words if listed or _CODE_FEATURES.match(word)}
 
 
-def has_common_level() -> bool:
-    """Return whether code for COMMON_LEVEL runs here."""
-    return os.uname().machine == "x86_64" and cpu_features() >= LEVEL_FEATURES
+def host_code_is_portable(device: str) -> bool:
+    """Return whether C++ of a program for `device` is compiled for COMMON_LEVEL here.
+
+    Around CUDA kernels it only launches them: made for exactly this processor, it would die of
+    SIGILL on another one for nothing. On a CPU it computes.
+    """
+    x86 = os.uname().machine == "x86_64"
+    return device == "cuda" and x86 and cpu_features() >= LEVEL_FEATURES
 
 
 def cpu_capability() -> str:

@@ -189,7 +189,7 @@ def test_a_runtime_graph_takes_the_flags_given_and_builds_defaults():
 
 
 def test_a_recipe_names_the_level_that_host_code_of_cuda_is_compiled_for():
-    if not machine.has_common_level():
+    if not machine.host_code_is_portable("cuda"):
         pytest.skip("no x86-64-v3 here")
     assert machine_of("cuda") == {
         "device": "cuda", "cpu_capability": machine.COMMON_LEVEL, "cpu_features": None,

@@ -1,20 +1,19 @@
 """C++ around CUDA kernels, compiled for more processors than the one it is compiled on.
 
-It only launches kernels: made for exactly this processor, it would die of SIGILL on another one
-for nothing. Private names of torch, read in 2.9.1, 2.11.0 and 2.14.1.
+Private names of torch, read in 2.9.1, 2.11.0 and 2.14.1.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from common.machine import COMMON_LEVEL, has_common_level
+from common.machine import COMMON_LEVEL, host_code_is_portable
 
 
 @contextmanager
 def portable_host_code(device: str) -> Iterator[None]:
-    """While inside, Inductor compiles C++ of a CUDA program for the common level of processors."""
-    if device != "cuda" or not has_common_level():
+    """While inside, Inductor compiles C++ for COMMON_LEVEL, where that is right for `device`."""
+    if not host_code_is_portable(device):
         yield
         return
     from torch._inductor import config, cpp_builder

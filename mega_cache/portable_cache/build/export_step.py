@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from common.compiler.host_code import portable_host_code
 from common.errors import ScriptError, first_line
-from common.machine import LEVEL_FEATURES, cpu_features, has_common_level
+from common.machine import LEVEL_FEATURES, cpu_features, host_code_is_portable
 from portable_cache import torch_private
 from portable_cache.flags import CompileFlags
 from portable_cache.start import decode_step
@@ -96,12 +96,12 @@ def _compile(
     # a CUDA graph is captured around the whole step, at the start
     device = model.device.type
     cudagraphs = options.pop("triton.cudagraphs", False) and device == "cuda"
-    portable = device == "cuda" and has_common_level()
+    needed = LEVEL_FEATURES if host_code_is_portable(device) else cpu_features()
     contract = {
         "process": decode_step.of_process(model),
         "call": decode_step.of_call(call.arguments, call.cache),
         "cudagraphs": cudagraphs,
-        "processor": sorted(LEVEL_FEATURES if portable else cpu_features()),
+        "processor": sorted(needed),
     }
     program, known = export(model, call, slots), decode_step.weights_of(model)
     constants = {n: t for n, t in program.constants.items() if n not in known}

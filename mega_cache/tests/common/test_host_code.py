@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.compiler.host_code import portable_host_code
-from common.machine import COMMON_LEVEL, has_common_level
+from common.machine import COMMON_LEVEL, host_code_is_portable
 
 here = torch.backends.cpu.get_cpu_capability()
 pytestmark = pytest.mark.skipif(
@@ -42,4 +42,4 @@ def test_setting_ends_with_the_build():
 
 
 def test_this_processor_has_the_level_that_torch_finds_vectors_for():
-    assert has_common_level()
+    assert host_code_is_portable("cuda")

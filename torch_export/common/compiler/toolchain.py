@@ -102,8 +102,10 @@ def _require_shared_libstdcxx(command: str) -> None:
         question = [command, f"-print-file-name={file}"]
         return Path(subprocess.run(question, capture_output=True, text=True).stdout.strip())
 
+    if place("libstdc++.so").is_absolute():
+        return
     archive = place("libstdc++.a")
-    if archive.is_absolute() and not place("libstdc++.so").is_absolute():
+    if archive.is_absolute():
         shared = cuda.loaded_library("libstdc++.so.6") or "/path/to/libstdc++.so.6"
         link = archive.parent.resolve() / "libstdc++.so"
         raise EnvironmentProblemError(
