@@ -68,6 +68,7 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise_interrupt)
+    sys.unraisablehook = _repeat_interrupt
     try:
         main(argv)
         sys.stdout.flush()
@@ -94,10 +95,18 @@ def first_line(error: BaseException) -> str:
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:
-    # An import or a destructor that it hits may swallow it, and the build would go on for minutes:
-    # seen on torch 2.13. So it comes again, in 5 s: later than any clean-up takes.
+    # An import that it hits may swallow it, and the build would go on for minutes: seen on torch
+    # 2.13. So it comes again, in 5 s: later than any clean-up takes.
     signal.setitimer(signal.ITIMER_REAL, 5.0)
     raise KeyboardInterrupt
+
+
+def _repeat_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Let an interrupt that a destructor or a weak reference's callback swallowed come again."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # by then that code has returned
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _can_be_written(stream: TextIO | None) -> bool:

@@ -20,7 +20,8 @@ run_script(main)
 
 
 @pytest.fixture(autouse=True)
-def own_signal_handler():
+def own_handlers(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -107,6 +108,30 @@ def test_an_errors_traceback_is_for_debugging_only(capsys):
     )
     assert "Traceback" in end_of(ValueError("odd"), capsys, "--debug")[1]
     assert end_of(KeyboardInterrupt(), capsys) == (130, "error: interrupted\n")
+
+
+def test_a_signal_in_a_destructor_which_swallows_it_ends_the_script_all_the_same():
+    program = """
+import time
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), 15)
+Swallows()
+began = time.monotonic()
+try:
+    time.sleep(60)
+finally:
+    print(time.monotonic() - began < 2)
+"""
+    done = shell("", program)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+    assert done.stdout == "True\n"
+
+
+def test_what_else_a_destructor_fails_with_is_told_as_python_tells_it():
+    done = shell("", "class Bad:\n    def __del__(self):\n        1 / 0\nBad()")
+    assert done.returncode == 0
+    assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
