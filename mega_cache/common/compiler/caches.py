@@ -15,19 +15,21 @@ def private_compiler_caches() -> Iterator[None]:
     """Give this process empty compiler caches that nobody else can write to, removed at its end.
 
     Inductor's default is a guessable folder under /tmp, accepted even if another user made it, and
-    its precompiled headers go to one in TMPDIR whatever the caches are called. What the user names
-    in the environment is kept.
+    its precompiled headers go to one in TMPDIR whatever the caches are called. Caches that the user
+    names in the environment are kept; the folder is in his TMPDIR, where an interrupted compiler
+    would otherwise leave its files.
     """
     with folder_for_compilers("llama-compile-") as folder:
         places = cache_places(folder)
         before = {name: os.environ.get(name) for name in places}
-        unfit = {name for name, place in before.items() if place is None or _cut_in_two(place)}
-        os.environ.update({name: places[name] for name in unfit})
+        kept = {name for name, place in before.items() if place and not _cut_in_two(place)}
+        changed = places.keys() - kept | {"TMPDIR"}
+        os.environ.update({name: places[name] for name in changed})
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
-            for name in unfit:
+            for name in changed:
                 os.environ.pop(name, None)
                 if (place := before[name]) is not None:
                     os.environ[name] = place
