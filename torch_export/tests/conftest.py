@@ -39,12 +39,10 @@ def presets_folder(shared_folder):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_folders(presets_folder, tmp_path_factory):
+def shared_folders(presets_folder):
     patch = pytest.MonkeyPatch()
     patch.setenv("LLAMA_PRESETS", str(presets_folder))
     patch.setenv("XDG_CACHE_HOME", str(presets_folder.with_name("cache")))
-    # Inductor keeps precompiled C++ headers there: 10 s of g++ for each folder that has none
-    patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
     yield
     patch.undo()
 
