@@ -52,9 +52,10 @@ def load(
         from portable_cache.flags import CacheFileFlags, Wanted
         from portable_cache.start import opening
 
-        # that nobody else can write to, until the process ends
+        # that nobody else can write to, until the process ends; the program's own temporary files
+        # are to outlive it
         caches = ExitStack()
-        caches.enter_context(private_compiler_caches())
+        caches.enter_context(private_compiler_caches(temporary_files=False))
         atexit.register(caches.close)
         console = Console(quiet=True)
         pair = CacheFileFlags(Path(path)).pair()

@@ -7,7 +7,7 @@ import pytest
 from helpers import FOLDER, run_command
 
 PROGRAM = """
-import json, os, sys
+import json, sys, tempfile
 from portable_cache import load
 
 path, trust = sys.argv[1], "--trust" in sys.argv
@@ -28,6 +28,7 @@ eager = model.generate(**inputs, disable_compile=True, **told)[0].tolist()
 print(json.dumps({
     "answers": answers, "eager": eager, "traced": counters["stats"]["unique_graphs"],
     "eos": model.generation_config.eos_token_id,
+    "temporary": tempfile.gettempdir(),
     "measuring": [name for name in sys.modules if name.startswith("portable_cache.build")],
 }))
 """
@@ -59,6 +60,7 @@ def test_generate_of_a_loaded_model_traces_nothing_and_is_eagers(subject, tmp_pa
     assert found["eos"] == 259  # the checkpoint's own
     assert found["measuring"] == []
     assert list(tmp_path.iterdir()) == []  # the compiler's caches are gone with the process
+    assert found["temporary"] == str(tmp_path)  # where the program's own files are to stay
 
 
 @pytest.mark.parametrize(

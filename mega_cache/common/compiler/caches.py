@@ -11,19 +11,22 @@ from common.errors import EnvironmentProblemError
 
 
 @contextmanager
-def private_compiler_caches() -> Iterator[None]:
+def private_compiler_caches(temporary_files: bool = True) -> Iterator[None]:
     """Give this process empty compiler caches that nobody else can write to, removed at its end.
 
-    Inductor's default is a guessable folder under /tmp, accepted even if another user made it, and
-    its precompiled headers go to one in TMPDIR whatever the caches are called. Caches that the user
-    names in the environment are kept; the folder is in his TMPDIR, where an interrupted compiler
-    would otherwise leave its files.
+    Inductor's default is a guessable folder under /tmp, accepted even if another user made it. What
+    caches the user names in the environment are kept.
+
+    With `temporary_files` all others of this process lie there too, whatever TMPDIR is: Inductor's
+    precompiled headers, and what an interrupted compiler leaves.
     """
     with folder_for_compilers("llama-compile-") as folder:
         places = cache_places(folder)
+        if not temporary_files:
+            del places["TMPDIR"]
         before = {name: os.environ.get(name) for name in places}
         kept = {name for name, place in before.items() if place and not _cut_in_two(place)}
-        changed = places.keys() - kept | {"TMPDIR"}
+        changed = places.keys() - (kept - {"TMPDIR"})
         os.environ.update({name: places[name] for name in changed})
         tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
