@@ -10,7 +10,6 @@ import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,18 +34,19 @@ def no_collections() -> Iterator[None]:
 
 
 def load(
-    path: str | PathLike, model: str, device: str = "auto", dtype: str = "auto", trust: bool = False
-) -> "PreTrainedModel":
+    path: str | Path, model: str | None = None, device: str = "auto", dtype: str = "auto",
+    trust: bool = False, expect_sha256: str | None = None,
+) -> "PreTrainedModel":  # fmt: skip
     """Return transformers' model, whose `generate` runs what the artifact at `path` brings.
 
-    `model` is a Hub id, a folder or a preset; `device` auto, cuda or cpu; `dtype` auto or torch's
-    name of one. The metadata lies beside the artifact. `trust`: load it whoever could have written
-    it. The model has one method more: `new_cache(tokens=N)` returns a KV cache that `generate` hits
-    with, for prompts and new tokens of N at most, of batch 1. Raises common.errors.ScriptError: the
-    class behind each exit status of the scripts.
+    `model` is a Hub id, a checkpoint folder or a preset; without it, the one that the artifact was
+    built from. `trust` consents to an artifact that others could have written, `expect_sha256` pins
+    its metadata file. The model has one method more: `new_cache(tokens=N)` returns a KV cache that
+    `generate` hits with, for prompts and new tokens of N at most, of batch 1. Raises the exceptions
+    of common.errors, by kind of problem.
     """
     with no_collections():
-        from common.artifact.disk import TrustFlags
+        from common.artifact.disk import TrustFlags, read_manifest
         from common.cli import Console, SharedFlags
         from common.compiler.caches import private_compiler_caches
         from portable_cache.flags import CacheFileFlags, Wanted
@@ -58,10 +58,10 @@ def load(
         caches.enter_context(private_compiler_caches(temporary_files=False))
         atexit.register(caches.close)
         console = Console(quiet=True)
-        pair = CacheFileFlags(Path(path)).pair()
-        shared = SharedFlags(model_id=model, device=device, dtype=dtype)
+        pair, flags = CacheFileFlags(Path(path)).pair(), TrustFlags(trust, expect_sha256)
+        shared = SharedFlags(model or read_manifest(pair, flags).model["id"], device, dtype)
         target = opening.choose_built_target(shared, pair, console)
-        wanted = Wanted(trust=TrustFlags(trust_artifact=trust))
+        wanted = Wanted(trust=flags)
         opened = opening.open_model(target, pair, wanted, console)
     opened.model.new_cache = opened.make_cache
     return opened.model

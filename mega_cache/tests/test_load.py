@@ -11,7 +11,7 @@ import json, sys, tempfile
 from portable_cache import load
 
 path, trust = sys.argv[1], "--trust" in sys.argv
-model = load(path, model="random:tiny", device="cpu", trust=trust)
+model = load(path, device="cpu", trust=trust)  # of the model that it was built from
 
 import torch
 from transformers import AutoTokenizer
@@ -38,7 +38,7 @@ from common.errors import ScriptError
 from portable_cache import load
 
 try:
-    load(sys.argv[1], model="random:tiny", device="cpu", dtype=sys.argv[2])
+    load(sys.argv[1], device="cpu", dtype=sys.argv[2], expect_sha256=sys.argv[3] or None)
 except ScriptError as error:
     print(type(error).__name__, error.status)
 """
@@ -64,14 +64,15 @@ def test_generate_of_a_loaded_model_traces_nothing_and_is_eagers(subject, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "expected"),
+    ("name", "dtype", "pin", "expected"),
     [
-        (None, "bfloat16", "ArtifactMismatchError 4"),
-        ("nothing.bin", "float32", "ArtifactDamagedError 3"),
+        (None, "bfloat16", "", "ArtifactMismatchError 4"),
+        ("nothing.bin", "float32", "", "ArtifactDamagedError 3"),
+        (None, "float32", "0" * 64, "ArtifactUntrustedError 6"),
     ],
 )
 def test_a_refusal_is_the_exception_behind_the_exit_status(
-    name, dtype, expected, subject, tmp_path
+    name, dtype, pin, expected, subject, tmp_path
 ):
     path = tmp_path / name if name else subject.pair.path
-    assert program(REFUSED, path, dtype, folder=tmp_path) == expected
+    assert program(REFUSED, path, dtype, pin, folder=tmp_path) == expected

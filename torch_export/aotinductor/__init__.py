@@ -21,12 +21,13 @@ def load(
     from aotinductor.lengths import find_plan
     from aotinductor.models import refuse_unsupported
     from aotinductor.start.loading import make_opening
-    from common.artifact.disk import TrustFlags
+    from common.artifact.disk import TrustFlags, read_manifest
     from common.cli import Console, SharedFlags
 
     pair, quiet = PackageFileFlags(Path(path)).pair(), Console(quiet=True)
+    flags = TrustFlags(trust, expect_sha256)
+    wanted = SharedFlags(model or read_manifest(pair, flags).model["id"], device, dtype)
     plan = find_plan(pair, ExpectedShapeFlags(), must_agree=True)
-    wanted, flags = SharedFlags(model or "", device, dtype), TrustFlags(trust, expect_sha256)
     opening = make_opening(pair, wanted, flags, plan, quiet)
     refuse_unsupported(opening.target.checkpoint, plan.slots is not None)
     return opening.load(quiet)

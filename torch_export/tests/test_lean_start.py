@@ -91,6 +91,24 @@ for engine in engines:
     assert len({tuple(line.split()[1:]) for line in told}) == 1
 
 
+def test_a_program_names_no_model_and_meets_refusals_as_exceptions(kv_package):
+    program = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+from aotinductor import load
+from common.errors import ScriptError
+path = {str(kv_package)!r}
+print(load(path, device="cpu").artifact["weights_of"])
+for place, pin in (("nothing.pt2", None), (path, "0" * 64)):
+    try:
+        load(place, device="cpu", expect_sha256=pin)
+    except ScriptError as error:
+        print(type(error).__name__, error.status)
+"""
+    told = succeeded(run_command([sys.executable, "-c", program])).stdout.splitlines()
+    assert told == ["random:tiny", "ArtifactDamagedError 3", "ArtifactUntrustedError 6"]
+
+
 def test_nothing_is_written_by_a_run_that_is_interrupted(kv_package, tmp_path):
     folders = {name: tmp_path / name for name in ("HOME", "TMPDIR", "here")}
     for folder in folders.values():

@@ -101,14 +101,14 @@ def engine_logits(
 ) -> torch.Tensor:
     """As `eager_logits`, of a package; with a KV cache one by one, the first of them by prefill."""
     if isinstance(engine, BaseEngine):
-        return torch.from_numpy(engine.logits(ids, count))
+        return torch.tensor(engine.logits(ids, count))
     prompt, forced = ids[: len(ids) - count + 1], ids[len(ids) - count + 1 :]
     engine.prefill(prompt, plan.padded(len(prompt)))
-    rows = [engine.read_logits().copy()]  # each step writes to the same memory
+    rows = [engine.read_logits()]
     for token in forced:
         engine.force(token)  # instead of the package's own choice
         engine.decode()
-        rows.append(engine.read_logits().copy())
+        rows.append(engine.read_logits())
     return torch.from_numpy(np.stack(rows))
 
 

@@ -98,9 +98,7 @@ class Opening(NamedTuple):
 def make_opening(
     pair: ArtifactPair, shared: SharedFlags, trust: TrustFlags, plan: Plan, console: Console
 ) -> Opening:
-    """Return an opening by a plan, with a package or without; without a model, of its own."""
-    if not shared.model_id and plan.manifest:
-        shared = shared.changed(model_id=plan.manifest.model["id"])
+    """Return an opening by a plan, with a package or without."""
     target = choose_target(as_built(shared, plan.manifest), console, plan.checkpoint)
     if target.device == "cpu" and plan.checkpoint and not plan.built.get("embed_weights"):
         weights.map_pages(target.checkpoint.stored.values())  # while the tokenizer is made

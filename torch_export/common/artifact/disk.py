@@ -169,7 +169,7 @@ def _recover(pair: ArtifactPair) -> None:
     new = pair.new()
     if os.path.exists(new.path):
         with suppress(errors.ArtifactDamagedError):
-            _open_content(new.path, _read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
+            _open_content(new.path, read_manifest(pair, _NOT_TO_RUN), _NOT_TO_RUN).close()
             os.replace(new.path, pair.path)
     shutil.rmtree(pair.path.with_name(f"{pair.path.name}.building"), ignore_errors=True)
     for rubbish in new:
@@ -192,7 +192,7 @@ def open_verified(
     began = time.monotonic()
     real = pair.real()
     while True:
-        built = _read_manifest(real, flags)
+        built = read_manifest(real, flags)
         if built.approach != approach:
             raise errors.ArtifactMismatchError(
                 f"{pair.path} is a {built.approach} artifact, expected one of {approach}: "
@@ -205,7 +205,7 @@ def open_verified(
             file = _open_content(real.path, built, flags)
             break
         except errors.ArtifactDamagedError:
-            if _read_manifest(real, flags) == built:  # else the pair was replaced meanwhile
+            if read_manifest(real, flags) == built:  # else the pair was replaced meanwhile
                 raise
     with file:
         megabytes, seconds = built.file["bytes"] / 1e6, time.monotonic() - began
@@ -216,7 +216,7 @@ def open_verified(
 def peek_manifest(pair: ArtifactPair) -> Manifest | None:
     """Return the metadata at hand, or None without a valid one; nothing of it is to be trusted."""
     with suppress(OSError, errors.ArtifactDamagedError):
-        return _read_manifest(pair, _NOT_TO_RUN)
+        return read_manifest(pair, _NOT_TO_RUN)
     return None
 
 
@@ -229,7 +229,8 @@ def read_blob(verified: VerifiedArtifact) -> bytes:
     return content
 
 
-def _read_manifest(pair: ArtifactPair, flags: TrustFlags) -> Manifest:
+def read_manifest(pair: ArtifactPair, flags: TrustFlags) -> Manifest:
+    """Return the metadata, of an origin that the flags admit; the artifact is another matter."""
     what = "metadata" if os.path.exists(pair.path) else "artifact and no metadata"
     with _open(pair.metadata_path, what, flags) as file:
         text = file.read(manifest.MAX_BYTES + 1)
