@@ -105,10 +105,10 @@ def alternatives_table(result: dict, linked: bool) -> str:
     rows.sort(key=lambda row: DTYPES.index(row[1]))
     read = result["read_bytes_per_second"]["mean"] / 1e9
     counts = sorted({row["decode_tokens_per_second"]["n"] for row in result["rows"]}, reverse=True)
-    trials = " or ".join(f"{count} process{'es' if count > 1 else ''}" for count in counts)
+    trials = " or ".join(map(counted, counts))
     about = (
         f"{result['config']['model_id']} on {result['environment']['cpu']}, which reads {read:.1f} "
-        f"GB/s; means of {trials}; llama-cpp-python {result['llama_cpp_python']}. "
+        f"GB/s; {trials}; llama-cpp-python {result['llama_cpp_python']}. "
         "Prompts: tokens per second, by their tokens."
     )
     return f"{about}\n\n{markdown_table(header, rows)}"
@@ -184,35 +184,30 @@ def measurement_text(name: str, steps: dict) -> str:
         f"{stack(compared['environment'])} Built in {steps['build']['build_seconds']:.0f} s, "
         f"{steps['build']['file']['bytes'] / 1e6:.2f} MB.",
         f"Load against skip, means of {total['load']['n']} fresh processes a side:",
-        compare_table(compared, verbose=True),
+        compare_table(compared),
     ]
     if benchmark := steps.get("benchmark"):
         count = next(iter(benchmark["summary"].values()))["total_script_seconds"]["n"]
-        shown = without_zeros(benchmark)
-        parts += [f"The modes, means of {count} processes each:", benchmark_table(shown, True)]
+        parts += [f"The modes, {counted(count)} each:", benchmark_table(benchmark)]
     if sweep := steps.get("sweep", {}).get("sweep"):
         parts += ["How cost grows with the prompt:", sweep_table(sweep)]
     return "\n\n".join([*parts, f"From `results/{name}/`."])
 
 
 def without_zeros(document: dict) -> dict:
-    """Return a result without the counters that are 0 or unknown in every mode."""
+    """Return a result of compare without the counters that are 0 or unknown on both sides."""
+
+    def idle(name: str, entry: dict) -> bool:
+        sides = (entry["load"], entry["skip"])
+        return name in COUNTERS and not any(side and side["max"] for side in sides)
+
     summary = document["summary"]
-    if document["kind"] == "compare":
-
-        def idle(name: str) -> bool:
-            sides = (summary[name]["load"], summary[name]["skip"])
-            return name in COUNTERS and not any(side and side["max"] for side in sides)
-
-        kept = {name: entry for name, entry in summary.items() if not idle(name)}
-    else:
-        counted = [entry["compile"] for entry in summary.values()]
-        busy = [name for name in COUNTERS if any(c[name] and c[name]["max"] for c in counted)]
-        kept = {
-            mode: entry | {"compile": {name: entry["compile"][name] for name in busy}}
-            for mode, entry in summary.items()
-        }
+    kept = {name: entry for name, entry in summary.items() if not idle(name, entry)}
     return document | {"summary": kept}
+
+
+def counted(count: int) -> str:
+    return "1 process" if count == 1 else f"means of {count} processes"
 
 
 def stack(environment: dict) -> str:
