@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     machine.spin_less()  # before any library with threads is loaded
     cuda.open_early(settings.shared.device != "cpu")
     with private_compiler_caches(), disk.building(pair, console):
-        disk.check_target(pair, NEEDED_BYTES)
+        disk.check_target(pair, APPROACH, NEEDED_BYTES)
         # imported late: --help answers without torch, and bad flags without its seconds
         from common.model.target import choose_target
         from portable_cache.build.building import build

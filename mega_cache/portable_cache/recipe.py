@@ -9,7 +9,6 @@ from portable_cache.flags import APPROACH, CompileFlags
 
 # a cache built under another value of one of these is never hit
 _ENVIRONMENT_FIELDS = ("torch", "triton", "transformers", "cuda", "gpu", "compute_capability")
-_MODEL_FIELDS = ("config_digest", "dtype")
 
 
 def recipe(flags: CompileFlags, device: str) -> dict[str, Any]:
@@ -29,9 +28,12 @@ def find_differences(manifest: Manifest, target: Target, flags: CompileFlags) ->
     """Return every field in which an artifact differs from this run, as far as that is told."""
     found = recipe(flags, target.device)
     told = {name: value for name, value in found.items() if value is not None}
+    words = model_differences(manifest, target.checkpoint.architecture)
+    # the digest of words that differ tells nobody more
+    fields = ("dtype",) if words else ("config_digest", "dtype")
     return (
         differences(manifest.environment, environment(), _ENVIRONMENT_FIELDS)
-        + differences(manifest.model, target.describe_model(), _MODEL_FIELDS)
-        + model_differences(manifest, target.checkpoint.resolved["architecture"])
+        + differences(manifest.model, target.describe_model(), fields)
+        + words
         + differences(manifest.recipe, told, told)
     )

@@ -51,11 +51,15 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
             here["weights_fingerprint"] = built.get("weights_fingerprint")
         else:
             here["weights_fingerprint"] = weights_fingerprint(target.checkpoint)
-    model, architecture = target.describe_model(), dict(target.checkpoint.resolved["architecture"])
+    architecture, model_fields = dict(target.checkpoint.architecture), ["dtype"]
     if built.get("kv_cache"):  # one layer, compiled once, serves any depth
-        here["layer_digest"] = target.checkpoint.layer_digest
         del architecture["layers"]
-        model["config_digest"] = manifest.model.get("config_digest")
+    words = model_differences(manifest, architecture)
+    if not words:  # else a digest of them tells nobody more
+        if built.get("kv_cache"):
+            here["layer_digest"] = target.checkpoint.layer_digest
+        else:
+            model_fields.append("config_digest")
     environment, fields = machine.gpu_environment(), ["compute_capability"]
     if library == "libtorch":  # its code calls into torch's libraries
         environment["torch"] = machine.package_version("torch")
@@ -66,8 +70,8 @@ def find_differences(manifest: Manifest, target: Target, library: str) -> list[D
             fields = ["cuda", *fields]
     return (
         differences(manifest.environment, environment, fields)
-        + differences(manifest.model, model, ("config_digest", "dtype"))
-        + model_differences(manifest, architecture)
+        + differences(manifest.model, target.describe_model(), model_fields)
+        + words
         + differences(built, here, here)
     )
 

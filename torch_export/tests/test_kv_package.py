@@ -215,11 +215,13 @@ def test_beyond_the_tolerance_float32_decides_whether_a_package_is_wrong(
         verify.verify_package(*verified)
 
 
-def test_another_architecture_is_refused_by_its_layer(kv_package, other_checkpoint):
+def test_another_architecture_is_refused_by_the_words_that_differ(kv_package, other_checkpoint):
     flags = [*SHORT, f"--model-id={other_checkpoint}", f"--package-path={kv_package}"]
     done = run_script(RUN, *flags)
     assert done.status == 4
-    assert "layer_digest: built with" in done.stderr
+    assert "kv_heads: built with 2, found 4" in done.stderr
+    assert "tied: built with true, found false" in done.stderr
+    assert "digest: built with" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def differences(built: dict, found: dict, fields: Iterable[str]) -> list[Differe
 def model_differences(manifest: Manifest, found: dict) -> list[Difference]:
     """Return the architecture's words that differ: a digest alone tells nobody what does."""
     known = manifest.details.get("checkpoint")
-    return differences(known["architecture"], found, found) if known else []
+    words = known["architecture"] if known else {}
+    return differences(words, found, [name for name in found if name in words])
 
 
 def raise_if_different(path: Path, found_differences: list[Difference]) -> None:

@@ -50,6 +50,11 @@ class Checkpoint:
         return self.resolved["architecture"] | {"tied": self.tied}
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What an artifact's metadata keeps of it: also what its weights say."""
+        return self.resolved | {"architecture": self.architecture}
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return tuple(self.resolved["stop_ids"])
 

@@ -87,7 +87,7 @@ def build(
         build_seconds=stages.elapsed(),
         details={
             "warmed": warmed,
-            "checkpoint": target.checkpoint.resolved,
+            "checkpoint": target.checkpoint.record,
             "entries": entries,
             "decode_step": step.contract if step else None,
             "verified": what.verify,

@@ -202,13 +202,22 @@ def test_targets_that_cannot_be_written_are_refused_before_the_build(tmp_path):
     with pytest.raises(UsageError, match="different paths"), building(same, QUIET):
         pass
     with building(ArtifactPair(tmp_path / "a.bin", meta), QUIET):
-        check_target(ArtifactPair(tmp_path / "a.bin", meta), 1)
+        check_target(ArtifactPair(tmp_path / "a.bin", meta), "mega_cache", 1)
     assert names(tmp_path) == {"file", "folder"}
 
 
 def test_too_little_room_is_named_before_the_build(pair):
     with pytest.raises(EnvironmentProblemError, match=r"has room for .*, the artifact needs about"):
-        check_target(pair, 10**18)
+        check_target(pair, "torch_export", 10**18)
+
+
+def test_the_other_folders_artifact_of_the_same_stem_is_not_overwritten(pair):
+    write_build(pair, 1)
+    check_target(pair, "torch_export", 1)
+    with pytest.raises(UsageError, match="belongs to a torch_export artifact"):
+        check_target(
+            ArtifactPair(pair.path.with_suffix(".bin"), pair.metadata_path), "mega_cache", 1
+        )
 
 
 def test_a_full_disk_leaves_the_old_pair_whole(pair):

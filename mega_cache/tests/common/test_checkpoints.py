@@ -199,7 +199,7 @@ def test_tied_is_what_transformers_ties(own_head, copy):
     found = resolve_checkpoint(str(copy), QUIET)
     model = transformers.AutoModelForCausalLM.from_pretrained(copy)
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    assert found.tied == torch.equal(head, embedding)
+    assert found.tied == torch.equal(head, embedding) == found.record["architecture"]["tied"]
     assert ("lm_head.weight" in found.parameters) == (not found.tied)
 
 

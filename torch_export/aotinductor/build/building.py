@@ -34,7 +34,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
     toolchain.prepare_toolchain(target.device, host_code=True, console=console)
     pair, embed = settings.files.pair(), settings.weights_embedded
     stored = target.checkpoint.stored.values() if embed else ()
-    disk.check_target(pair, _CODE_BYTES + sum(one.nbytes for one in stored))
+    disk.check_target(pair, APPROACH, _CODE_BYTES + sum(one.nbytes for one in stored))
     bounds, details = make_bounds(settings.shape), {}
     stages.close("device")
 
@@ -57,7 +57,7 @@ def build(settings: BuildSettings, console: Console) -> dict:
             engine = open_compiled(path, found, target, plan)
             checks = verify_package(engine, model, plan)
         details.update(found, verified=True, verification=checks)
-        details["checkpoint"] = target.checkpoint.resolved
+        details["checkpoint"] = target.checkpoint.record
         details["weights_files"] = files_identity(target.checkpoint)
 
     def describe(file: dict) -> manifest.Manifest:

@@ -111,8 +111,14 @@ def building(pair: ArtifactPair, console: Console) -> Iterator[None]:
         os.umask(before)
 
 
-def check_target(pair: ArtifactPair, needed_bytes: int) -> None:
-    """Raise, before a long build, if a file of this size cannot be written there."""
+def check_target(pair: ArtifactPair, approach: str, needed_bytes: int) -> None:
+    """Raise, before a long build, if a file of this size cannot or should not be written there."""
+    there = peek_manifest(pair)
+    if there and there.approach != approach:  # NAME.pt2 and NAME.bin have one name for it
+        raise errors.UsageError(
+            f"{pair.metadata_path} belongs to a {there.approach} artifact, which would be lost: "
+            "choose another path"
+        )
     folder = pair.real().path.parent
     room, limit = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY:

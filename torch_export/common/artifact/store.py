@@ -203,7 +203,7 @@ def _download(url: str, entry: _Entry, local: ArtifactPair, console: Console) ->
 
     with disk.building(local, console):
         if not _copy(local.path.parents[1], entry.digest):  # else another process was faster
-            disk.check_target(local, entry.manifest.file["bytes"])
+            disk.check_target(local, entry.manifest.approach, entry.manifest.file["bytes"])
             disk.write_pair(local, get, check)
 
 
