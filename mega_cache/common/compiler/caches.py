@@ -28,7 +28,8 @@ def private_compiler_caches(temporary_files: bool = True) -> Iterator[None]:
         kept = {name for name, place in before.items() if place and not _cut_in_two(place)}
         changed = places.keys() - (kept - {"TMPDIR"})
         os.environ.update({name: places[name] for name in changed})
-        tempfile.tempdir = None  # it remembers the first TMPDIR it saw
+        if temporary_files:
+            tempfile.tempdir = None  # it remembers the first TMPDIR it saw
         try:
             yield
         finally:
@@ -36,7 +37,8 @@ def private_compiler_caches(temporary_files: bool = True) -> Iterator[None]:
                 os.environ.pop(name, None)
                 if (place := before[name]) is not None:
                     os.environ[name] = place
-            tempfile.tempdir = None
+            if temporary_files:
+                tempfile.tempdir = None
 
 
 @contextmanager

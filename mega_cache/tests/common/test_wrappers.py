@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from helpers import FOLDER
@@ -64,3 +65,12 @@ def test_no_compiler_meets_a_folder_with_a_space(tmp_path, monkeypatch):
         assert os.path.isdir(os.environ["TMPDIR"])
     assert {name: os.environ.get(name) for name in names} == before
     assert list(place.iterdir()) == []
+
+
+def test_a_programs_own_temporary_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    variable = os.environ.get("TMPDIR")
+    with private_compiler_caches(temporary_files=False):
+        assert tempfile.gettempdir() == str(tmp_path)
+        assert os.environ.get("TMPDIR") == variable
+    assert list(tmp_path.iterdir()) == []
